@@ -1,0 +1,19 @@
+"""Functional ops. Each is a slice: maths, reference, registration, public function, module, OpSpec."""
+
+from ._dispatch import BACKENDS, backend
+from ._spec import SPECS, OpSpec
+from .masked.images import patchify, unpatchify
+from .masked.masked_pixel_loss import masked_pixel_loss
+from .masked.random_masking import Masking, random_masking
+
+__all__ = [
+    "BACKENDS",
+    "Masking",
+    "OpSpec",
+    "SPECS",
+    "backend",
+    "masked_pixel_loss",
+    "patchify",
+    "random_masking",
+    "unpatchify",
+]

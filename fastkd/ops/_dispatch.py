@@ -1,0 +1,166 @@
+"""Which implementation of a kernel runs here, and why not the others.
+
+An op is a torch custom op, opaque to torch.compile. Its body allocates the outputs and calls a `Kernel`; all
+implementations of a kernel share one signature, ``(inputs..., outputs...) -> None``, and fill the outputs:
+
+* ``reference``  plain PyTorch, any device and dtype
+* ``cpp``        ``torch.ops.fastkd_cpu.<name>`` from ``csrc/<op>.cpp``
+* ``triton``     ``<op>_triton.py``; on CPU tensors only under TRITON_INTERPRET=1
+* ``cuda``       ``torch.ops.fastkd_cuda.<name>`` from ``csrc/<op>.cu``
+
+The choice is made at run time inside the opaque op, so an override reaches graphs that are already compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastkd import _native
+
+logger = logging.getLogger("fastkd")
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+# Process-wide, not per thread: autograd runs backward kernels on threads of its own.
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend (``reference``, ``cpp``, ``triton`` or ``cuda``) for every op inside the block.
+
+    The override is process-wide. A forced backend that cannot run raises `RuntimeError` and says why.
+    Setting the environment variable ``FASTKD_BACKEND`` does the same for a whole run.
+    """
+    _check_name(name, "backend")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend` or FASTKD_BACKEND, or None when the choice is automatic."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("FASTKD_BACKEND")
+    if name:
+        _check_name(name, "FASTKD_BACKEND")
+    return name or None
+
+
+def _check_name(name: str, argument: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used in this process, or None."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        return f"triton does not import ({error}); pip install triton"
+    return None
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+class Kernel:
+    """One step of an op (its forward or its backward) with all its implementations.
+
+    Args:
+        name: name of the native functions ``torch.ops.fastkd_cpu.<name>`` and ``torch.ops.fastkd_cuda.<name>``.
+        reference: plain PyTorch implementation.
+        cpp: Python launcher around several native functions; by default the native function of that name.
+        triton: ``"module:function"``, imported on first use.
+        cuda: whether ``csrc/*.cu`` holds this kernel.
+        cuda_order: automatic order on CUDA tensors, the fastest measured first.
+    """
+
+    all: dict[str, Kernel] = {}
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., None],
+        cpp: Callable[..., None] | None = None,
+        triton: str | None = None,
+        cuda: bool = False,
+        cuda_order: tuple[str, ...] = ("triton", "reference"),
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self._cpp = cpp
+        self._triton = triton
+        self._has_cuda = cuda
+        self._cuda_order = cuda_order
+        self._logged: set[str] = set()
+        Kernel.all[name] = self
+
+    def __call__(self, *args) -> None:
+        tensor = next(a for a in reversed(args) if isinstance(a, torch.Tensor))  # an output: it has the compute dtype
+        self.implementation(self.pick(tensor.device.type, tensor.dtype))(*args)
+
+    def order(self, device: str) -> tuple[str, ...]:
+        """Backends in the order in which the automatic choice tries them."""
+        return self._cuda_order if device == "cuda" else ("cpp", "reference")
+
+    def pick(self, device: str, dtype: torch.dtype) -> str:
+        """Name of the backend that runs for tensors of this device type and dtype."""
+        forced = forced_backend()
+        if forced is not None:
+            reason = self.why_not(forced, device, dtype)
+            if reason:
+                raise RuntimeError(f"fastkd {self.name}: the forced backend {forced!r} cannot run: {reason}")
+            return forced
+        for name in self.order(device):
+            reason = self.why_not(name, device, dtype)
+            if reason is None:
+                return name
+            if reason not in self._logged:
+                self._logged.add(reason)
+                logger.info("%s: not using %s: %s", self.name, name, reason)
+        return "reference"
+
+    def why_not(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot take tensors of this device type and dtype, or None where it can."""
+        if backend == "reference":
+            return None
+        if backend == "triton":
+            if self._triton is None:
+                return "no Triton kernel is written for it"
+            if dtype == torch.float64:
+                return "Triton kernels compute in float32; float64 runs on reference and cpp"
+            if device != "cuda" and not triton_interpreted():
+                return f"Triton needs CUDA tensors, got {device} (or TRITON_INTERPRET=1 to debug on the CPU)"
+            return triton_missing()
+        wanted = "cpu" if backend == "cpp" else "cuda"
+        if device != wanted:
+            return f"it takes {wanted} tensors, got {device}"
+        if backend == "cuda" and not self._has_cuda:
+            return "no CUDA C++ kernel is written for it"
+        if backend == "cuda" and dtype == torch.float64:
+            return "CUDA kernels compute in float32; float64 runs on reference and cpp"
+        return _native.why_not_loaded(wanted)
+
+    def implementation(self, backend: str) -> Callable[..., None]:
+        """The callable behind a backend name."""
+        if backend == "reference":
+            return self.reference
+        if backend == "triton":
+            module, function = self._triton.split(":")
+            return getattr(importlib.import_module(module), function)
+        if backend == "cpp" and self._cpp is not None:
+            return self._cpp
+        return getattr(getattr(torch.ops, f"fastkd_{'cpu' if backend == 'cpp' else 'cuda'}"), self.name)
