@@ -2,6 +2,7 @@
 
 from ._dispatch import BACKENDS, backend
 from ._spec import SPECS, OpSpec
+from .features.feature_alignment import feature_alignment_loss
 from .masked.images import patchify, unpatchify
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
@@ -12,6 +13,7 @@ __all__ = [
     "OpSpec",
     "SPECS",
     "backend",
+    "feature_alignment_loss",
     "masked_pixel_loss",
     "patchify",
     "random_masking",

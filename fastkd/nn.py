@@ -1,0 +1,6 @@
+"""The losses as `torch.nn` modules."""
+
+from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.masked.masked_pixel_loss import MaskedPixelLoss
+
+__all__ = ["FeatureAlignmentLoss", "MaskedPixelLoss"]
