@@ -2,6 +2,7 @@
 
 from ._dispatch import BACKENDS, backend
 from ._spec import SPECS, OpSpec
+from .blocks.attention import attention
 from .features.feature_alignment import feature_alignment_loss
 from .masked.images import patchify, unpatchify
 from .masked.masked_pixel_loss import masked_pixel_loss
@@ -12,6 +13,7 @@ __all__ = [
     "Masking",
     "OpSpec",
     "SPECS",
+    "attention",
     "backend",
     "feature_alignment_loss",
     "masked_pixel_loss",

@@ -1,0 +1,139 @@
+"""Masked autoencoder (He et al. 2022): a ViT encoder on visible patches and a light decoder.
+
+The decoder keeps tokens in shuffled order (visible first, then masked): attention does not see the order, so
+un-shuffling is never needed, and "masked tokens only" is a plain slice. Exact savings in the decoder:
+
+* first block: every masked token enters as mask_token + position, the same in all images, so its norm1 and qkv
+  are computed once per batch for all L positions and only copied in;
+* last block: visible tokens serve as keys and values; query, attention, MLP and prediction run on masked tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import ops
+
+from .positions import resize_table, sincos_table
+from .vit import Block, VisionTransformer, _init_linear
+
+# name: (embed_dim, depth, num_heads)
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+class MaskedAutoencoderViT(VisionTransformer):
+    """`VisionTransformer` plus the MAE decoder.
+
+    Args:
+        decoder_embed_dim, decoder_depth, decoder_num_heads: size of the decoder (published: 512, 8, 16).
+        norm_pix_loss: whether pixel targets are normalised per patch.
+        decoder: ``"self"``, the published decoder, or ``"cross"``: masked queries read the visible tokens only
+            (cheaper, not the same function).
+        **encoder: arguments of `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = False,
+        decoder: str = "self",
+        **encoder,
+    ) -> None:
+        super().__init__(**encoder)
+        if decoder not in ("self", "cross"):
+            raise ValueError(f"decoder: got {decoder!r}, expected 'self' or 'cross'")
+        self.norm_pix_loss, self.decoder = norm_pix_loss, decoder
+        self.decoder_num_heads = decoder_num_heads
+        self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        table = sincos_table(decoder_embed_dim, self.grid, self.num_prefix_tokens)
+        self.decoder_pos_embed = nn.Parameter(table.to(torch.get_default_dtype())[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, self.mlp_ratio, norm_eps=self.norm_eps)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=self.norm_eps)
+        pixels = self.patch_size[0] * self.patch_size[1] * self.in_chans
+        self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(_init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def decoder_embed_dim(self) -> int:
+        return self.decoder_embed.out_features
+
+    def _resize_positions(self, grid: tuple[int, int]) -> None:
+        super()._resize_positions(grid)
+        table = resize_table(self.decoder_pos_embed, self.grid, grid, self.num_prefix_tokens)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def decode(
+        self, tokens: Tensor, ids: Tensor, *, predict_visible: bool = False, share_first_block: bool | None = None
+    ) -> Tensor:
+        """Predicts the pixels of masked patches from the encoder's final tokens.
+
+        Args:
+            tokens: [B, P + n, D] after the final norm.
+            ids: [B, K] int64, the n visible patches in the order of `tokens`, then the patches to predict.
+            predict_visible: whether the visible patches are predicted too (for pictures; the loss ignores them).
+            share_first_block: whether the first block's masked rows are computed once per batch (exact);
+                default: where that is less work.
+
+        Returns:
+            [B, K - n, p * p * C] predictions of ``ids[:, n:]``, pixel order (row, column, channel); [B, K, ...] of
+            ``ids`` with predict_visible.
+        """
+        visible = tokens.shape[1]
+        tokens = self.decoder_embed(tokens)
+        positions = self.decoder_pos_embed[0]
+        # The assembled sequence takes the residual dtype of the encoder.
+        tokens = tokens if self.residual_dtype is None else tokens.to(self.residual_dtype)
+        x = ops.decoder_assemble(tokens, self.mask_token[0], positions, ids, self.num_prefix_tokens)
+        first = self.num_prefix_tokens if predict_visible else visible  # first token that is predicted
+        if self.decoder == "cross":
+            return self._decode_cross(x[:, :visible], x[:, first:])
+        if share_first_block is None:
+            masked_rows = x.shape[0] * (x.shape[1] - visible)
+            share_first_block = len(self.decoder_blocks) > 1 and masked_rows >= 2 * self.num_patches
+        for index, block in enumerate(self.decoder_blocks):
+            last = index == len(self.decoder_blocks) - 1
+            if index == 0 and share_first_block and not last:
+                x = block.from_qkv(x, self._shared_qkv(block, x[:, :visible], ids))
+            else:
+                x = block(x, first_query=first if last else 0)
+        x = x if self.decoder_blocks else x[:, first:]
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def _shared_qkv(self, block: Block, visible: Tensor, ids: Tensor) -> Tensor:
+        prefix = self.num_prefix_tokens
+        masked = (self.mask_token[0] + self.decoder_pos_embed[0, prefix:]).to(visible.dtype)  # [L, Dd]
+        rows = block.attn.qkv(block.norm1(visible))
+        table = block.attn.qkv(block.norm1(masked))
+        return ops.decoder_assemble(rows, table, None, ids, prefix)
+
+    def _decode_cross(self, visible: Tensor, x: Tensor) -> Tensor:
+        for block in self.decoder_blocks:
+            x = block.cross(x, visible)
+        return self.decoder_pred(self.decoder_norm(x))
+
+
+def mae_vit(
+    size: str, patch_size: int | tuple[int, int] = 16, img_size: int | tuple[int, int] = 224, **overrides
+) -> MaskedAutoencoderViT:
+    """Masked autoencoder of a standard size: tiny, small, base, large or huge; overrides are constructor arguments."""
+    if size not in SIZES:
+        raise ValueError(f"mae_vit: size: got {size!r}, expected one of {', '.join(SIZES)}")
+    embed_dim, depth, num_heads = SIZES[size]
+    shape = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    return MaskedAutoencoderViT(**{**shape, "patch_size": patch_size, "img_size": img_size, **overrides})

@@ -1,0 +1,296 @@
+"""Vision transformers that run on visible patches only and can stop at a block.
+
+Parameter names and meaning follow timm's VisionTransformer, so checkpoints map one to one. Images are floating
+NCHW, or uint8 NHWC with mean and std folded into the patch embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import ops
+
+from .positions import resize_table, sincos_table
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Features(NamedTuple):
+    """Result of an encoder.
+
+    Attributes:
+        tokens: [B, P + n, D], prefix tokens (CLS, registers) first, then the n visible patches in the given order.
+        taps: raw outputs of the requested blocks by index, [B, P + n, D] each.
+    """
+
+    tokens: Tensor
+    taps: dict[int, Tensor]
+
+
+class PatchEmbed(nn.Module):
+    """Holds the patch convolution; `fastkd.ops.visible_patch_embed` applies it to visible patches."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the first `first_query` tokens may serve as keys and values only."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: num_heads: got {num_heads}, expected a divisor of the width {dim}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
+        """x [B, T, D] -> [B, T - first_query, D]."""
+        if first_query == 0:
+            return self.attend(self.qkv(x))
+        return self.cross(x[:, first_query:], x)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention on a finished projection [B, T, 3 D]."""
+        return self.proj(ops.attention(qkv, self.num_heads))
+
+    def cross(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries from x [B, Tq, D], keys and values from context [B, Tk, D] -> [B, Tq, D]."""
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = F.linear(x, weight[:dim], None if bias is None else bias[:dim])
+        key_value = F.linear(context, weight[dim:], None if bias is None else bias[dim:])
+        return self.proj(ops.attention(key_value, self.num_heads, query))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
+        init_values: float | None = None, norm_eps: float = 1e-6,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
+        """x [B, T, D] -> [B, T - first_query, D]; the tokens before first_query are keys and values only."""
+        return self._finish(x[:, first_query:], self.attn(self.norm1(x), first_query))
+
+    def from_qkv(self, x: Tensor, qkv: Tensor) -> Tensor:
+        """The block where norm1 and the qkv projection [B, T, 3 D] are already done."""
+        return self._finish(x, self.attn.attend(qkv))
+
+    def cross(self, x: Tensor, context: Tensor) -> Tensor:
+        """The block with keys and values from context [B, Tk, D] instead of x [B, Tq, D]."""
+        return self._finish(x, self.attn.cross(self.norm1(x), self.norm1(context)))
+
+    def _finish(self, x: Tensor, attention: Tensor) -> Tensor:
+        x = x + self.ls1(attention)
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder (Dosovitskiy et al. 2021) in timm's parameter layout.
+
+    Args:
+        img_size, patch_size: side or (height, width) in pixels.
+        in_chans: image channels.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as in timm.
+        class_token: whether a CLS token leads the sequence.
+        reg_tokens: number of register tokens after it.
+        init_values: layer-scale initial value, None without layer scale.
+        no_embed_class: whether prefix tokens carry no position.
+        norm_eps: epsilon of every LayerNorm.
+        residual_dtype: dtype of the residual stream; None follows the patch embedding, which under autocast is
+            the autocast dtype.
+        mean, std: pixel statistics that this model expects, in units where white is 1.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        init_values: float | None = None,
+        no_embed_class: bool = False,
+        norm_eps: float = 1e-6,
+        residual_dtype: torch.dtype | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = _pair(patch_size)
+        self.img_size = _pair(img_size)
+        self.grid = _grid(self.img_size, self.patch_size)
+        self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
+        self.mlp_ratio, self.qkv_bias, self.init_values, self.norm_eps = mlp_ratio, qkv_bias, init_values, norm_eps
+        self.no_embed_class, self.residual_dtype = no_embed_class, residual_dtype
+        default = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
+        self.mean, self.std = tuple(mean or default[0]), tuple(std or default[1])
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        table = sincos_table(embed_dim, self.grid, self._embedded_prefix())
+        self.pos_embed = nn.Parameter(table.to(torch.get_default_dtype())[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.init_weights()
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def _embedded_prefix(self) -> int:
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def init_weights(self) -> None:
+        """Initialises as MAE does: xavier-uniform linear layers and patch projection, tokens N(0, 0.02)."""
+        self.apply(_init_linear)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Changes the image size; position tables are resized (bicubic, antialiased)."""
+        img_size = _pair(img_size)
+        grid = _grid(img_size, self.patch_size)
+        with torch.no_grad():
+            self._resize_positions(grid)
+        self.img_size, self.grid = img_size, grid
+
+    def _resize_positions(self, grid: tuple[int, int]) -> None:
+        table = resize_table(self.pos_embed, self.grid, grid, self._embedded_prefix())
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def truncate(self, depth: int) -> None:
+        """Keeps the first `depth` blocks only; the final norm goes with the others, since taps are raw outputs."""
+        if not 1 <= depth <= self.depth:
+            raise ValueError(f"truncate: depth: got {depth}, expected 1 to {self.depth}, the number of blocks")
+        del self.blocks[depth:]
+        self.norm = nn.Identity()
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None, mean=None, std=None) -> Tensor:
+        """Embeds the visible patches only: [B, P + n, D]."""
+        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+        if (height, width) != self.img_size:
+            raise ValueError(
+                f"images: got {height} x {width} pixels, expected {self.img_size[0]} x {self.img_size[1]}; "
+                "resize them, or call set_input_size to resize the position table"
+            )
+        if images.dtype == torch.uint8 and mean is None:
+            mean, std = self.mean, self.std
+        if ids_keep is None:
+            ids_keep = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
+        pos_embed, prefix = self.pos_embed[0], None
+        if self.num_prefix_tokens:
+            prefix = torch.cat([t[0] for t in (self.cls_token, self.reg_token) if t is not None])
+            if not self.no_embed_class:
+                prefix = prefix + pos_embed[: self.num_prefix_tokens]
+        projection = self.patch_embed.proj
+        x = ops.visible_patch_embed(
+            images, ids_keep, projection.weight, projection.bias, pos_embed[self._embedded_prefix() :], prefix,
+            mean=mean, std=std,
+        )  # fmt: skip
+        return x if self.residual_dtype is None else x.to(self.residual_dtype)
+
+    def forward(
+        self,
+        images: Tensor,
+        ids_keep: Tensor | None = None,
+        *,
+        taps: Collection[int] = (),
+        depth: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Features:
+        """Encodes visible patches.
+
+        Args:
+            images: floating [B, C, H, W], already normalised, or uint8 [B, H, W, C].
+            ids_keep: [B, n] int64 raster indices of the visible patches; default all, in raster order.
+            taps: indices of blocks whose raw outputs are wanted.
+            depth: stop after this many blocks, without the final norm; default all blocks and the norm.
+            mean, std: pixel statistics; default the model's own for uint8 images, none for floating ones.
+
+        Returns:
+            `Features`; `tokens` are after the final norm (raw where `depth` stops before it).
+        """
+        x = self.embed(images, ids_keep, mean, std)
+        wanted: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks[:depth]):
+            x = block(x)
+            if index in taps:
+                wanted[index] = x
+        return Features(self.norm(x) if depth is None else x, wanted)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
+        raise ValueError(
+            f"img_size: got {img_size[0]} x {img_size[1]}, expected multiples of the patch "
+            f"{patch_size[0]} x {patch_size[1]}"
+        )
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
