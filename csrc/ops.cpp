@@ -9,6 +9,7 @@
 #else
 #include "random_masking.cpp"
 #include "masked_pixel_loss.cpp"
+#include "feature_alignment.cpp"
 #endif
 
 namespace fastkd {
@@ -27,12 +28,18 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "bool norm_pix, float eps, Tensor(a!) loss) -> ()");
   m.def("masked_pixel_loss_backward(Tensor grad_loss, Tensor pred, Tensor images, Tensor ids, Tensor? weight, "
         "Tensor affine, int[] patch, bool norm_pix, float eps, Tensor(a!) grad_pred) -> ()");
+  m.def("feature_alignment_loss(Tensor student, Tensor teacher, int kind, bool normalize, float beta, "
+        "Tensor(a!) loss) -> ()");
+  m.def("feature_alignment_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, int kind, bool normalize, "
+        "float beta, Tensor(a!) grad_student) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("random_masking", TORCH_BOX(&random_masking));
   m.impl("masked_pixel_loss", TORCH_BOX(&masked_pixel_loss));
   m.impl("masked_pixel_loss_backward", TORCH_BOX(&masked_pixel_loss_backward));
+  m.impl("feature_alignment_loss", TORCH_BOX(&feature_alignment_loss));
+  m.impl("feature_alignment_loss_backward", TORCH_BOX(&feature_alignment_loss_backward));
 }
 
 }  // namespace fastkd
