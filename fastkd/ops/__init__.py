@@ -4,9 +4,11 @@ from ._dispatch import BACKENDS, backend
 from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
 from .features.feature_alignment import feature_alignment_loss
+from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
+from .masked.visible_patch_embed import visible_patch_embed
 
 __all__ = [
     "BACKENDS",
@@ -15,9 +17,11 @@ __all__ = [
     "SPECS",
     "attention",
     "backend",
+    "decoder_assemble",
     "feature_alignment_loss",
     "masked_pixel_loss",
     "patchify",
     "random_masking",
     "unpatchify",
+    "visible_patch_embed",
 ]
