@@ -133,6 +133,7 @@ def masked_pixel_loss(
             that would stall the stream: there an empty mask gives NaN, as in the published code).
     """
     _check.check_tensor(OP, "pred", pred, 3)
+    _check.check_tensor(OP, "masked", masked, 2, (*_check.FLOATS, torch.bool, torch.int64))
     images = _images.to_nchw(OP, images)
     patch = _check.pair(OP, "patch_size", patch_size)
     rows, columns = _images.check_grid(OP, images, patch)
