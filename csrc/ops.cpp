@@ -9,7 +9,10 @@
 #else
 #include "random_masking.cpp"
 #include "masked_pixel_loss.cpp"
+#include "visible_patch_embed.cpp"
+#include "decoder_assemble.cpp"
 #include "feature_alignment.cpp"
+#include "attention.cpp"
 #endif
 
 namespace fastkd {
@@ -32,6 +35,18 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) loss) -> ()");
   m.def("feature_alignment_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, int kind, bool normalize, "
         "float beta, Tensor(a!) grad_student) -> ()");
+#ifndef FASTKD_CUDA
+  m.def("visible_patch_rows(Tensor images, Tensor ids, Tensor affine, int[] patch, Tensor(a!) rows) -> ()");
+  m.def("visible_patch_finish(Tensor projected, Tensor ids, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
+        "Tensor(a!) out) -> ()");
+  m.def("visible_patch_sums(Tensor grad_out, Tensor(a!)? patches, Tensor(b!) grad_bias, Tensor(c!) grad_prefix) -> ()");
+  m.def("decoder_assemble(Tensor tokens, Tensor fill, Tensor? pos_embed, Tensor ids, int num_prefix, Tensor(a!) out) "
+        "-> ()");
+  m.def("decoder_assemble_backward(Tensor grad_out, Tensor ids, int given, int num_prefix, Tensor(a!) grad_fill) -> ()");
+  m.def("attention(Tensor query, Tensor key_value, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor out, Tensor lse, int num_heads, "
+        "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
@@ -40,6 +55,15 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("masked_pixel_loss_backward", TORCH_BOX(&masked_pixel_loss_backward));
   m.impl("feature_alignment_loss", TORCH_BOX(&feature_alignment_loss));
   m.impl("feature_alignment_loss_backward", TORCH_BOX(&feature_alignment_loss_backward));
+#ifndef FASTKD_CUDA
+  m.impl("visible_patch_rows", TORCH_BOX(&visible_patch_rows));
+  m.impl("visible_patch_finish", TORCH_BOX(&visible_patch_finish));
+  m.impl("visible_patch_sums", TORCH_BOX(&visible_patch_sums));
+  m.impl("decoder_assemble", TORCH_BOX(&decoder_assemble));
+  m.impl("decoder_assemble_backward", TORCH_BOX(&decoder_assemble_backward));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#endif
 }
 
 }  // namespace fastkd

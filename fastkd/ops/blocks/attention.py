@@ -73,9 +73,13 @@ def _split(packed: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
     return packed[..., :dim], packed[..., dim:]
 
 
+def _contiguous_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 @torch.library.custom_op("fastkd::attention", mutates_args=())
 def _op(packed: Tensor, query: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
-    q, key_value = _split(packed, query)
+    q, key_value = (_contiguous_rows(t) for t in _split(packed, query))
     out = torch.empty(q.shape, dtype=packed.dtype, device=packed.device)
     lse = torch.empty((q.shape[0], num_heads, q.shape[1]), dtype=_wide(packed.dtype), device=packed.device)
     forward(q, key_value, num_heads, out, lse)
@@ -93,11 +97,11 @@ def _(packed, query, num_heads):
 def _op_backward(
     grad_out: Tensor, packed: Tensor, query: Tensor | None, out: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    q, key_value = _split(packed, query)
+    q, key_value = (_contiguous_rows(t) for t in _split(packed, query))
     grad_packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     grad_query = torch.empty((0,) if query is None else query.shape, dtype=packed.dtype, device=packed.device)
     grad_q, grad_key_value = _split(grad_packed, None if query is None else grad_query)
-    backward(grad_out, q, key_value, out, lse, num_heads, grad_q, grad_key_value)
+    backward(_contiguous_rows(grad_out), q, key_value, out, lse, num_heads, grad_q, grad_key_value)
     return grad_packed, grad_query
 
 
@@ -110,7 +114,6 @@ def _(grad_out, packed, query, out, lse, num_heads):
 def _setup_context(ctx, inputs, output) -> None:
     packed, query, ctx.num_heads = inputs
     ctx.save_for_backward(packed, query, *output)
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -139,7 +142,7 @@ def attention(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Te
     """
     _check.check_tensor(OP, "packed", packed, 3)
     parts = 3 if query is None else 2
-    dim, rest = divmod(packed.shape[-1], parts)
+    dim, rest = packed.shape[-1] // parts, packed.shape[-1] % parts
     if rest or dim % num_heads:
         _check.fail(OP, "packed", f"{packed.shape[-1]} channels", f"{parts} x a multiple of num_heads={num_heads}")
     if query is not None:

@@ -1,0 +1,109 @@
+// At-independent vector code: 64-byte vectors by the compiler's vector extension, lowered to what the CPU variant has.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace fastkd {
+
+template <class A>
+struct Simd {
+  static constexpr int64_t lanes = 64 / sizeof(A);
+  typedef A type __attribute__((vector_size(64)));
+
+  static type load(const A* p) {
+    type v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(A* p, type v) { std::memcpy(p, &v, sizeof(v)); }
+  static type splat(A x) { return type{} + x; }
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7.
+// Inputs below -87 give 0, above 88 saturate.
+inline Simd<float>::type exp(Simd<float>::type x) {
+  typedef int32_t Int __attribute__((vector_size(64)));
+  using S = Simd<float>;
+  const S::type low = S::splat(-87.0f), high = S::splat(88.0f);
+  const Int underflow = x < low;
+  x = x > high ? high : x;
+  x = underflow ? low : x;
+  const S::type magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const S::type shifted = x * 1.44269504088896341f + magic;
+  const S::type n = shifted - magic;
+  const S::type r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  S::type p = S::splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const Int exponent = (bits + 127) << 23;  // the low bits of `shifted` hold n
+  S::type power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  const S::type result = p * power;
+  return underflow ? S::type{} : result;
+}
+
+inline Simd<double>::type exp(Simd<double>::type x) {
+  for (int64_t i = 0; i < Simd<double>::lanes; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+namespace detail {
+
+// C tile of ROWS x (VECTORS * lanes) over the whole depth, in registers.
+template <int ROWS, int VECTORS, class A>
+inline void gemm_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb, A* c,
+                      int64_t ldc) {
+  using S = Simd<A>;
+  typename S::type sum[ROWS][VECTORS] = {};
+  for (int64_t l = 0; l < depth; ++l) {
+    typename S::type line[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) line[v] = S::load(b + l * ldb + v * S::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const A x = a[i * a_row + l * a_col];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] += line[v] * x;
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < VECTORS; ++v) S::store(c + i * ldc + v * S::lanes, sum[i][v]);
+}
+
+template <int VECTORS, class A>
+inline void gemm_columns(int64_t m, int64_t depth, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb,
+                         A* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + 6 <= m; i += 6)
+    gemm_tile<6, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  for (; i + 2 <= m; i += 2)
+    gemm_tile<2, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  if (i < m) gemm_tile<1, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+}
+
+}  // namespace detail
+
+// C [m, n] = A [m, depth] B [depth, n] for small matrices in cache. n is a multiple of Simd<A>::lanes; element (i, l)
+// of A lies at a[i * a_row + l * a_col], so A may be transposed.
+template <class A>
+void small_gemm(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb,
+                A* c, int64_t ldc) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  int64_t j = 0;
+  for (; j + 4 * lanes <= n; j += 4 * lanes)
+    detail::gemm_columns<4>(m, depth, a, a_row, a_col, b + j, ldb, c + j, ldc);
+  for (; j + 2 * lanes <= n; j += 2 * lanes)
+    detail::gemm_columns<2>(m, depth, a, a_row, a_col, b + j, ldb, c + j, ldc);
+  for (; j < n; j += lanes) detail::gemm_columns<1>(m, depth, a, a_row, a_col, b + j, ldb, c + j, ldc);
+}
+
+}  // namespace fastkd
