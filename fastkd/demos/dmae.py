@@ -1,0 +1,390 @@
+"""Demo of DMAE: a small student learns from a masked-autoencoder teacher, beside the same student without one.
+
+Both get the same initial weights, batches, masks and number of steps; no labels. Their features, and those of the
+untrained student and of the teacher, are then judged on held-out pictures by nearest neighbours and a linear probe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastkd.methods.dmae import DMAE
+from fastkd.models.checkpoints import load_vit
+from fastkd.models.mae import MaskedAutoencoderViT
+from fastkd.models.vit import VisionTransformer
+from fastkd.train.config import ConfigError, problem
+
+from . import pictures, report
+from .evaluate import Scores, evaluate, features, knn_accuracy
+from .pictures import ASSETS, Pictures
+from .training import Recipe, fit, masked_autoencoder, statistics, visible_ratio
+
+TEACHER = ASSETS / "fashion_mnist_mae.safetensors"
+# What is compared: arguments of the student and of DMAE that differ from the plain distillation.
+METHODS: dict[str, dict[str, Any]] = {"MAE": dict(teacher=False), "DMAE": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "decode_fraction=0.25": dict(method=dict(decode_fraction=0.25)),
+    'decoder="cross"': dict(student=dict(decoder="cross")),
+    "decoder_depth=1": dict(student=dict(decoder_depth=1)),
+    # Aligned at the last block: a block behind the aligned one would never be trained.
+    "reconstruct=False": dict(method=dict(reconstruct=False), last_block=True),
+}
+CURVE_POINTS = 4
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """Distil a small student from a masked-autoencoder teacher and compare it with plain MAE on held-out pictures."""
+
+    out: Path = Path("runs/demo_dmae")
+    """Folder for tables, figures and the exported students."""
+    full: bool = False
+    """75, 90, 95 and 98 % masking with 5 seeds on all 60,000 pictures (needs --fashion), and the inexact options at 75
+    and 95 % with 3 seeds; finished runs in --out are kept, so it can be continued."""
+    fashion: Path | None = None
+    """Folder with the four *-ubyte.gz files of Fashion-MNIST (Debian: /usr/share/datasets/fashion-mnist from the
+    package dataset-fashion-mnist) instead of the embedded 8,000 pictures."""
+    data: Path | None = None
+    """Any image folder instead, one folder per class (its first level)."""
+    size: int = 28
+    """Side in pixels to which the pictures of --data are resized; a multiple of the teacher's patch."""
+    teacher: str | None = None
+    """Another teacher: a checkpoint or anything else that fastkd.models.load_vit takes; it decides between grey and
+    colour. Default: the embedded one, grey, patch 4, pre-trained on Fashion-MNIST."""
+    ratios: tuple[float, ...] | None = None
+    """Mask ratios; default 0.75 0.95."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of initial weights, batches and masks; default 0."""
+    steps: int = 300
+    """Training steps of each run."""
+    batch_size: int = 128
+    """Pictures per step."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    alpha: float = 1.0
+    """Weight of the alignment loss."""
+    width: int = 64
+    """Width of the student."""
+    depth: int = 4
+    """Blocks of the student."""
+    heads: int = 4
+    """Attention heads of the student."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    markdown: Path | None = None
+    """File between whose marker lines the results are written as Markdown."""
+
+    def validate(self) -> None:
+        """Raises `ConfigError` with everything that is wrong."""
+        wrong = []
+        if self.full and not self.fashion and not self.data:
+            wrong.append(problem("full", "no --fashion", "--fashion FOLDER with all of Fashion-MNIST", pictures.HOW_TO_GET))
+        if self.fashion and self.data:
+            wrong.append(problem("data", self.data, "either --data or --fashion"))
+        for name in ("steps", "batch_size", "lr", "alpha", "width", "depth", "heads", "size"):
+            if not getattr(self, name) > 0:
+                wrong.append(problem(name, getattr(self, name), "a positive number"))
+        for ratio in self.ratios or ():
+            if not 0 < ratio < 1:
+                wrong.append(problem("ratios", ratio, "numbers between 0 and 1", "for 95 % write 0.95"))
+        if self.width % (4 * self.heads):
+            wrong.append(problem("width", self.width, f"a multiple of 4 x --heads {self.heads}"))
+        if self.device != "cpu" and not torch.cuda.is_available():
+            wrong.append(problem("device", self.device, "cpu", "torch finds no GPU"))
+        if wrong:
+            raise ConfigError(wrong)
+
+
+def main(config: Config) -> int:
+    """Runs the demo; 0 when done."""
+    config.validate()
+    _require("sklearn", "matplotlib", "timm")
+    Demo(config).run()
+    return 0
+
+
+class Demo:
+    """One run of the demo: data, teacher, and the results so far."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console(soft_wrap=False)
+        self.ratios = config.ratios or ((0.75, 0.90, 0.95, 0.98) if config.full else (0.75, 0.95))
+        self.seeds = config.seeds or (tuple(range(5)) if config.full else (0,))
+        self.device = torch.device(config.device)
+        self.out = Path(config.out).expanduser()
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            full_set = pictures.fashion(config.fashion) if config.fashion else None
+            self.teacher = load_vit(config.teacher or TEACHER, img_size=config.size if config.data else None)
+            self.train, self.test = full_set or self._pictures()
+        except (OSError, ValueError) as error:
+            raise ConfigError([str(error)]) from error
+        self.teacher = self.teacher.to(self.device)
+        self.probe = self.train, self.test
+        if not config.data:
+            self.probe = self.train.balanced(600, seed=0), self.test.balanced(500 if config.full else 200, seed=0)
+        self.images = self.train.images.to(self.device)
+        self.recipe = Recipe(config.steps, config.batch_size, config.lr)
+        self.rows = self._kept_rows()
+        self.students: dict[tuple[str, float], MaskedAutoencoderViT] = {}
+        self.curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
+
+    def _pictures(self) -> tuple[Pictures, Pictures]:
+        if self.config.data:
+            return pictures.folder(self.config.data, self.config.size, self.teacher.in_chans)
+        return pictures.embedded()
+
+    # Results are kept as lines of results.jsonl; the first line says with which settings they were made.
+
+    def _settings(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self.config)
+        for name in ("out", "markdown", "ratios", "seeds", "device"):
+            del fields[name]
+        return json.loads(json.dumps(fields, default=str))
+
+    def _kept_rows(self) -> list[dict[str, Any]]:
+        path = self.out / "results.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if self.config.full and lines and lines[0] == self._settings():
+            return lines[1:]
+        path.write_text(json.dumps(self._settings()) + "\n")
+        return []
+
+    def _add(self, name: str, ratio: float | None, seed: int, scores: Scores, **more: float) -> None:
+        row = dict(name=name, ratio=ratio, seed=seed, knn=scores.knn, linear=scores.linear, **more)
+        self.rows.append(row)
+        with (self.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _values(self, column: str, name: str, ratio: float | None = None, seeds: tuple[int, ...] | None = None) -> list[float]:
+        found = {r["seed"]: r[column] for r in self.rows if r["name"] == name and r["ratio"] == ratio}
+        return [found[seed] for seed in (seeds or sorted(found)) if seed in found]
+
+    # Training
+
+    def run(self) -> None:
+        self.console.print(
+            f"[bold]DMAE on {Path(self.config.data).name if self.config.data else 'Fashion-MNIST'}[/]: {len(self.train.labels):,} pictures to learn from without labels, "
+            f"{len(self.test.labels):,} held out"
+        )
+        jobs = [(name, ratio, seed) for ratio in self.ratios for seed in self.seeds for name in METHODS]
+        if self.config.full:
+            jobs += [(name, r, seed) for r in (0.75, 0.95) for seed in self.seeds[:3] for name in OPTIONS]
+        done = {(row["name"], row["ratio"], row["seed"]) for row in self.rows}
+        with self._progress() as progress:
+            if ("teacher", None, 0) not in done:
+                self._add("teacher", None, 0, evaluate(self.teacher, *self.probe))
+            for seed in self.seeds:
+                if ("untrained", None, seed) not in done:
+                    self._add("untrained", None, seed, evaluate(self._student(seed), *self.probe))
+            for job in jobs:
+                if job not in done:
+                    self._train(*job, progress)
+        self._report()
+
+    def _student(self, seed: int, **changes: Any) -> MaskedAutoencoderViT:
+        config, teacher = self.config, self.teacher
+        shape = dict(
+            img_size=teacher.img_size, patch_size=teacher.patch_size, in_chans=teacher.in_chans,
+            embed_dim=config.width, depth=config.depth, num_heads=config.heads,
+            decoder_embed_dim=config.width, decoder_depth=2, decoder_num_heads=config.heads, norm_pix_loss=True,
+            **statistics(self.train.images),
+        )  # fmt: skip
+        return masked_autoencoder({**shape, **changes}, seed).to(self.device)
+
+    def _method(self, name: str, seed: int) -> DMAE:
+        change = {**METHODS, **OPTIONS}[name]
+        student = self._student(seed, **change.get("student", {}))
+        if not change.get("teacher", True):
+            return DMAE(student, None)
+        aligned = student.depth - 1 if change.get("last_block") else _three_quarters(student.depth)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)  # the projector
+            method = DMAE(
+                student, self.teacher, (aligned,), (_three_quarters(self.teacher.depth),), alpha=self.config.alpha,
+                **change.get("method", {}),
+            )  # fmt: skip
+        return method.to(self.device)
+
+    def _train(self, name: str, ratio: float, seed: int, progress: Progress) -> None:
+        method = self._method(name, seed)
+        task = progress.add_task(f"{name} {100 * ratio:g} % seed {seed}", total=self.config.steps, status="")
+        curve: list[tuple[int, float]] = []
+        losses: dict[str, float] = {}
+
+        def after_step(step: int, now: dict[str, float]) -> None:
+            for key, value in now.items():
+                losses[key] = 0.95 * losses.get(key, value) + 0.05 * value
+            status = " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items() if value)
+            progress.update(task, completed=step, status=status)
+            if not self.config.full and step < self.config.steps and step % max(1, self.config.steps // CURVE_POINTS) == 0:
+                curve.append((step, self._knn(method.student)))
+
+        seconds = fit(method, self.images, ratio, self.recipe, seed, after_step)
+        scores = evaluate(method.student, *self.probe)
+        self._add(name, ratio, seed, scores, seconds=seconds, **losses)
+        progress.update(task, status=f"{progress.tasks[task].fields['status']}  kNN {scores.knn:.1%}")
+        if not self.console.is_terminal:
+            self.console.print(
+                f"{name} at {100 * ratio:g} %, seed {seed}: kNN {scores.knn:.1%}, linear {scores.linear:.1%}, {seconds:.1f} s"
+            )
+        if len(self.seeds) > 1:
+            progress.remove_task(task)
+        if seed == self.seeds[0]:
+            self.students[name, ratio] = method.student.eval()
+            self.curves[name, ratio] = [*curve, (self.config.steps, scores.knn)]
+
+    def _knn(self, model: VisionTransformer) -> float:
+        train, test = self.probe
+        return knn_accuracy(features(model, train.images), train.labels, features(model, test.images), test.labels)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+
+    # Report
+
+    def _report(self) -> None:
+        tables = [self._main_table()]
+        if self.config.full:
+            tables.append(self._options_table())
+        for table in tables:
+            self.console.print(table.rich())
+        for note in self._notes():
+            self.console.print(note, highlight=False)
+        markdown = "\n".join([*(table.markdown() for table in tables), *(f"{note}\n" for note in self._notes())])
+        (self.out / "results.md").write_text(markdown)
+        if self.config.markdown:
+            report.write_between_markers(self.config.markdown, markdown)
+        self._figures()
+        self._export()
+
+    def _main_table(self) -> report.Table:
+        rows = [self._cells("untrained student", "untrained", None, None)]
+        for ratio in self.ratios:
+            rows.append(())
+            for name in METHODS:
+                rows.append(self._cells(f"{100 * ratio:g} % masked: {name}", name, ratio, "MAE" if name != "MAE" else None))
+        rows += [(), self._cells("teacher", "teacher", None, None)]
+        columns = ("", "kNN, %", "DMAE − MAE", "linear, %", "DMAE − MAE", "training, s")
+        return report.Table(f"Held-out accuracy of the features ({self._seeds_text(self.seeds)})", columns, rows)
+
+    def _options_table(self) -> report.Table:
+        rows, seeds = [], self.seeds[:3]
+        for ratio in (0.75, 0.95):
+            rows += [()] if rows else []
+            for name in ("DMAE", *OPTIONS):
+                label = f"{100 * ratio:g} % masked: {'DMAE, exact' if name == 'DMAE' else name}"
+                rows.append(self._cells(label, name, ratio, "DMAE" if name != "DMAE" else None, seeds))
+        columns = ("", "kNN, %", "− exact", "linear, %", "− exact", "training, s")
+        return report.Table(f"Inexact options ({self._seeds_text(seeds)})", columns, rows)
+
+    def _cells(
+        self, label: str, name: str, ratio: float | None, baseline: str | None, seeds: tuple[int, ...] | None = None
+    ) -> tuple[str, ...]:
+        cells = [label]
+        for column in ("knn", "linear"):
+            values = self._values(column, name, ratio, seeds)
+            cells.append(report.spread(values))
+            cells.append(report.difference(values, self._values(column, baseline, ratio, seeds)) if baseline else "")
+        seconds = self._values("seconds", name, ratio, seeds) if ratio else []
+        return (*cells, f"{report.interval(seconds).mean:.1f}" if seconds else "")
+
+    def _seeds_text(self, seeds: tuple[int, ...]) -> str:
+        if len(seeds) == 1:
+            return f"seed {seeds[0]}"
+        return f"mean ± deviation of {len(seeds)} seeds; mean paired difference with 95 % t-interval"
+
+    def _notes(self) -> list[str]:
+        train, test = self.probe
+        student, teacher = self._student(self.seeds[0]), self.teacher
+        visible = ", ".join(
+            f"{visible_ratio(teacher.num_patches, ratio)[0]} at {100 * ratio:g} %" for ratio in self.ratios
+        )
+        config = self.config
+        return [
+            f"Student: {student.embed_dim} wide, {student.depth} blocks, block {_three_quarters(student.depth)} aligned "
+            f"with block {_three_quarters(teacher.depth)} of the teacher ({teacher.embed_dim} wide, {teacher.depth} "
+            f"blocks). {config.steps} steps of {config.batch_size} pictures from {len(self.train.labels):,}, AdamW, peak "
+            f"learning rate {config.lr:g}, alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}.",
+            "kNN: 10 neighbours by cosine; linear: logistic regression on standardised features; both on the mean of the "
+            f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures.",
+        ]
+
+    def _figures(self) -> None:
+        from fastkd.train.plots import reconstruction
+
+        scores = {
+            title: {
+                f"{100 * ratio:g} %": {name: self._values(column, name, ratio) for name in METHODS}
+                for ratio in self.ratios
+            }
+            for title, column in (("kNN", "knn"), ("linear probe", "linear"))
+        }
+        levels = {
+            title: {name: self._values(column, name) for name in ("untrained", "teacher")}
+            for title, column in (("kNN", "knn"), ("linear probe", "linear"))
+        }
+        report.scores_figure(scores, levels, self.out / "scores.png")
+        written = ["scores.png"]
+        if self.curves and not self.config.full:
+            start = self._values("knn", "untrained")[0]
+            report.curves_figure(
+                {key: [(0, start), *points] for key, points in self.curves.items()},
+                self._values("knn", "teacher")[0], self.out / "curves.png",
+            )  # fmt: skip
+            written.append("curves.png")
+        shown = self.test.balanced(1, seed=1).images[:8].to(self.device)
+        for (name, ratio), student in self.students.items():
+            if name == "DMAE":
+                file = f"reconstruction_{100 * ratio:g}.png"
+                reconstruction(student, shown, ratio, self.out / file)
+                written.append(file)
+        self.console.print(f"Figures in {self.out}: {', '.join(written)}", highlight=False)
+
+    def _export(self) -> None:
+        """Writes the distilled students for timm and checks that timm reads them strictly, with equal features."""
+        import timm
+
+        from fastkd.models.export import export_timm, timm_arguments
+
+        for (name, ratio), student in self.students.items():
+            if name != "DMAE":
+                continue
+            path = self.out / f"student_dmae_{100 * ratio:g}_timm.safetensors"
+            export_timm(student, path)
+            model, arguments = timm_arguments(student)
+            loaded = timm.create_model(model, checkpoint_path=str(path), **arguments).eval().to(self.device)
+            chunk = self.test.images[:64].to(self.device)
+            mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (student.mean, student.std))
+            with torch.no_grad():
+                theirs = loaded((chunk.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+            gap = (theirs.cpu() - features(student, chunk)).abs().max().item()
+            if gap > 1e-4:
+                raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the trained student's")
+            self.console.print(f"{path}: timm loads it strictly; its features differ by at most {gap:.1g}", highlight=False)
+
+
+def _three_quarters(depth: int) -> int:
+    """Index of the block that ends three quarters of the depth, rounded up: 2 of 4, 4 of 6, 8 of 12, 17 of 24."""
+    return math.ceil(0.75 * depth) - 1
+
+
+def _require(*modules: str) -> None:
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"fastkd demo: {', '.join(missing)} not found; pip install 'fastkd[demos]' brings what the demos need")
