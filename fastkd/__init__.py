@@ -1,6 +1,20 @@
-"""fastkd: fast knowledge distillation."""
+"""fastkd: fast knowledge distillation.
 
-from fastkd.ops import backend
+Submodules and the names of `fastkd.ops` are imported on first use, so that ``import fastkd`` costs nothing and the
+command line answers at once.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend"]
+
+_SUBMODULES = ("data", "methods", "models", "nn", "ops", "train")
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastkd.{name}")
+    if name == "backend":
+        return importlib.import_module("fastkd.ops").backend
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

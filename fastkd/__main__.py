@@ -1,0 +1,6 @@
+"""``python -m fastkd`` is ``fastkd``."""
+
+from fastkd.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Image folders: listing, decoding, augmentation, and a loader that resumes to the same batches."""
+
+from .folder import IMAGE_SUFFIXES, ImageFolder
+from .loader import Batch, ImageLoader
+from .transforms import center_crop, load_images, open_image, random_resized_crop
+
+__all__ = [
+    "Batch",
+    "IMAGE_SUFFIXES",
+    "ImageFolder",
+    "ImageLoader",
+    "center_crop",
+    "load_images",
+    "open_image",
+    "random_resized_crop",
+]

@@ -1,0 +1,69 @@
+"""Lists the images of a folder tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .tga".split()
+)
+
+
+class ImageFolder:
+    """The images below a folder, at any depth, sorted by path.
+
+    Class folders are optional. Where there are some, the class of an image is the first folder level below the
+    root: ``root/cat/a.jpg`` and ``root/cat/more/b.png`` are both ``cat``.
+
+    Args:
+        root: folder. Links are followed; hidden files and folders (leading dot) are left out.
+
+    Attributes:
+        root: the folder, a `Path`.
+        paths: paths of the images relative to the root, strings with ``/``.
+        classes: sorted names of the first-level folders that hold images.
+        labels: for each image the index of its class, -1 for an image directly in the root.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: `root` is a file, or holds no image.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.exists():
+            raise FileNotFoundError(f"image folder {str(root)!r}: no such folder; check the path")
+        if not self.root.is_dir():
+            raise ValueError(f"image folder {str(root)!r}: got a file, expected a folder of images")
+        self.paths = sorted(_walk(str(self.root)))
+        if not self.paths:
+            names = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+            raise ValueError(
+                f"image folder {str(root)!r}: got no image, expected files at any depth with one of the endings {names}"
+            )
+        owners = [path.split("/", 1)[0] if "/" in path else "" for path in self.paths]
+        self.classes = sorted(set(owners) - {""})
+        index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
+        self.labels = [index[owner] for owner in owners]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        """Full path of an image."""
+        return f"{self.root}/{self.paths[index]}"
+
+
+def _walk(root: str):
+    seen: set[tuple[int, int]] = set()  # real folders already visited: a link may point back up
+    for folder, names, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")

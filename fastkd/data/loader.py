@@ -1,0 +1,225 @@
+"""Batches of augmented images: the same ones for the same seed, however many workers, ranks or restarts.
+
+Everything random about a sample (crop, flip, replacement of an unreadable file, masking noise) comes from a generator
+seeded by (seed, epoch, repeat, image index) in the worker that decodes it. So neither the number of workers nor the
+point of resuming changes a batch, and ranks that share a global batch see exactly what one process would see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .folder import ImageFolder
+from .transforms import random_resized_crop
+
+logger = logging.getLogger("fastkd")
+
+
+class Batch(NamedTuple):
+    """One batch.
+
+    Attributes:
+        images: [B, height, width, channels] uint8.
+        noise: [B, num_patches] float32 in [0, 1), the masking noise of each image (None without num_patches).
+        indices: [B] int64, index of each image in the folder.
+        failures: ((path, reason), ...) of the files that could not be read and were replaced.
+    """
+
+    images: Tensor
+    noise: Tensor | None
+    indices: Tensor
+    failures: tuple[tuple[str, str], ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with images and noise on a device; the copy does not block."""
+        noise = None if self.noise is None else self.noise.to(device, non_blocking=True)
+        return self._replace(images=self.images.to(device, non_blocking=True), noise=noise)
+
+
+class ImageLoader:
+    """Endless iterator of training batches over an image folder.
+
+    An epoch is one random order of the images cut into global batches of ``batch_size * world_size``; the incomplete
+    last one is left out. Rank r takes rows ``[r * batch_size, (r + 1) * batch_size)`` of each global batch. A folder
+    with fewer images than a global batch is repeated within the batch, each time with another crop and mask.
+
+    Args:
+        folder: `ImageFolder` or path.
+        size: (height, width) of the images.
+        batch_size: images per batch and process.
+        channels: 3 (RGB) or 1 (grey).
+        num_patches: patches per image; if given, batches carry masking noise.
+        seed: fixes everything.
+        workers: decoding processes; 0 decodes in this process.
+        rank, world_size: this process among those that share a global batch.
+        pin_memory: page-locked batches, for non-blocking copies to a GPU.
+        augmentation: keyword arguments of `random_resized_crop` (scale, ratio, flip).
+
+    Attributes:
+        batches_per_epoch: global batches in an epoch.
+        skipped: unreadable files met and replaced so far by this process.
+        wait_seconds: time that this process has waited for batches.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder | str | os.PathLike,
+        size: tuple[int, int],
+        batch_size: int,
+        *,
+        channels: int = 3,
+        num_patches: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        **augmentation,
+    ) -> None:
+        folder = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+        if channels not in (1, 3):
+            raise ValueError(f"channels: got {channels}, expected 3 (RGB) or 1 (grey)")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        self.folder = folder
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.global_batch = batch_size * world_size
+        self.batches_per_epoch = max(1, len(folder) // self.global_batch)
+        if len(folder) < self.global_batch:
+            logger.warning(
+                "%s has %d images, fewer than one batch of %d: they are repeated within the batch, each time with "
+                "another crop and mask (a smaller batch size avoids this)",
+                folder.root, len(folder), self.global_batch,
+            )  # fmt: skip
+        self._views = _Views(folder, size, channels, num_patches, seed, augmentation)
+        self._options = dict(
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator(),  # leaves the global generator alone
+        )
+        self._position = 0  # batches handed out since the very first
+        self._reported: set[str] = set()
+        self.skipped = 0
+        self.wait_seconds = 0.0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed so far, as a fraction."""
+        return self._position / self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on from the current position; batches that were only prefetched do not count as consumed."""
+        batches = iter(DataLoader(self._views, sampler=self._keys(self._position), **self._options))
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.wait_seconds += time.perf_counter() - start
+            self._position += 1
+            self._report(batch.failures)
+            yield batch
+
+    def _keys(self, position: int) -> Iterator[list[tuple[int, int, int]]]:
+        """(epoch, repeat, index) of the images of this rank's batches, from a position on, without end."""
+        count = len(self.folder)
+        for epoch in itertools.count(position // self.batches_per_epoch):
+            order = np.random.default_rng((self.seed, epoch)).permutation(count)
+            start = position % self.batches_per_epoch if epoch == position // self.batches_per_epoch else 0
+            for batch in range(start, self.batches_per_epoch):
+                first = batch * self.global_batch + self.rank * self.batch_size
+                places = range(first, first + self.batch_size)
+                yield [(epoch, place // count, int(order[place % count])) for place in places]
+
+    def _report(self, failures) -> None:
+        self.skipped += len(failures)
+        for path, reason in failures:
+            if path not in self._reported:
+                self._reported.add(path)
+                logger.warning("skipped unreadable image %s: %s (another image takes its place)", path, reason)
+
+    def state_dict(self) -> dict:
+        """Position and what it depends on; plain numbers and strings."""
+        return dict(
+            position=self._position, skipped=self.skipped, seed=self.seed, global_batch=self.global_batch,
+            images=len(self.folder), fingerprint=self._fingerprint(),
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues after the last batch that was consumed when `state` was taken.
+
+        Raises:
+            ValueError: other images, another seed or another global batch: the batches would not be the same.
+        """
+        here = self.state_dict()
+        for name in ("seed", "global_batch", "images", "fingerprint"):
+            if state[name] != here[name]:
+                what = "names of the images" if name == "fingerprint" else name.replace("_", " ")
+                raise ValueError(
+                    f"cannot resume on {self.folder.root}: {what}: got {here[name]}, expected {state[name]} as in the "
+                    f"checkpoint; restore it, or start a new run"
+                )
+        self._position, self.skipped = state["position"], state["skipped"]
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.folder.paths).encode()).hexdigest()[:16]
+
+
+class _Views(torch.utils.data.Dataset):
+    """Decodes the images of one batch; lives in the workers."""
+
+    attempts = 20
+
+    def __init__(self, folder: ImageFolder, size, channels, num_patches, seed, augmentation) -> None:
+        self.folder, self.size, self.channels = folder, tuple(size), channels
+        self.num_patches, self.seed, self.augmentation = num_patches, seed, augmentation
+
+    def __getitem__(self, keys: list[tuple[int, int, int]]) -> Batch:
+        images = torch.empty((len(keys), *self.size, self.channels), dtype=torch.uint8)
+        pixels = images.numpy()
+        noise = None if self.num_patches is None else torch.empty((len(keys), self.num_patches))
+        indices, failures = torch.empty(len(keys), dtype=torch.int64), []
+        for row, (epoch, repeat, index) in enumerate(keys):
+            random = np.random.default_rng((self.seed, epoch, repeat, index))
+            if noise is not None:
+                noise[row] = torch.from_numpy(random.random(self.num_patches, dtype=np.float32))
+            view, indices[row] = self._view(index, random, failures)
+            pixels[row] = view
+        return Batch(images, noise, indices, tuple(failures))
+
+    def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray, int]:
+        for _ in range(self.attempts):
+            path = self.folder.path(index)
+            try:
+                options = self.augmentation
+                return random_resized_crop(path, self.size, random, channels=self.channels, **options), index
+            except Exception as error:  # Pillow's decoders raise many types on broken files
+                failures.append((path, f"{type(error).__name__}: {error}"))
+                index = int(random.integers(len(self.folder)))
+        raise RuntimeError(
+            f"{self.attempts} unreadable images in a row in {self.folder.root}, the last one {failures[-1][0]} "
+            f"({failures[-1][1]}); is this a folder of images?"
+        )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the main process decides what happens, workers go on serving it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,175 @@
+"""From a config to a model: names and paths become modules, defaults become numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from fastkd import _native
+from fastkd.data import ImageFolder, ImageLoader
+from fastkd.methods.dmae import DMAE
+from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, mae_vit
+from fastkd.models.mae import SIZES
+
+from . import checkpoint
+from .config import ConfigError, DistillConfig, problem
+from .distributed import Processes
+
+_NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
+# What loading a model reports when the source is wrong, as opposed to a bug.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+def weights_of(source: str | Path) -> str | Path:
+    """The weights file of a fastkd run or checkpoint; any other source unchanged."""
+    folder = checkpoint.find(Path(source))
+    return source if folder is None else folder / checkpoint.STUDENT
+
+
+def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
+    """The student: a new one by name, or one from a checkpoint. ValueError where it is neither."""
+    if Path(config.student).expanduser().exists():
+
+        student = load_vit(weights_of(config.student), img_size=config.img_size)
+        if not isinstance(student, MaskedAutoencoderViT):
+            raise ValueError("got an encoder without decoder, expected a masked autoencoder")
+        student.norm_pix_loss = config.norm_pix_loss
+        return student
+    match = _NAME.fullmatch(config.student)
+    if not match or match[1] not in SIZES:
+        names = ", ".join(f"vit_{size}_patch16" for size in SIZES)
+        raise ValueError(f"got {config.student!r}, expected one of {names} (any patch size), or a checkpoint or run")
+    return mae_vit(
+        match[1],
+        patch_size=int(match[2]),
+        img_size=config.img_size or int(match[3] or 224),
+        in_chans=config.in_chans,
+        norm_pix_loss=config.norm_pix_loss,
+        decoder=config.decoder,
+        decoder_depth=config.decoder_depth,
+        decoder_embed_dim=config.decoder_embed_dim,
+        decoder_num_heads=config.decoder_num_heads,
+    )
+
+
+def build_teacher(config: DistillConfig, img_size: tuple[int, int]) -> VisionTransformer | None:
+    """The teacher, whole, for images of this size; None for a plain masked autoencoder."""
+
+    return None if config.teacher == "none" else load_vit(weights_of(config.teacher), img_size=img_size)
+
+
+def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
+    """The method with student and teacher, and the config with everything resolved that depends on them.
+
+    The new weights are fixed by ``config.seed``.
+
+    Raises:
+        ConfigError: names, paths, blocks or sizes that do not fit; as many problems at once as can be found.
+    """
+    problems: list[str] = []
+    student = teacher = None
+    torch.manual_seed(config.seed)
+    try:
+        student = build_student(config)
+    except EXPECTED as error:
+        problems.append(f"--student: {error}")
+    try:
+        teacher = build_teacher(config, student.img_size if student is not None else config.img_size)
+    except EXPECTED as error:
+        problems.append(f"--teacher: {error}")
+    if problems:
+        raise ConfigError(problems)
+    changes = dict(img_size=student.img_size, in_chans=student.in_chans)
+    if teacher is not None:
+        changes["student_blocks"] = config.student_blocks or (default_block(student.depth),)
+        changes["teacher_blocks"] = config.teacher_blocks or (default_block(teacher.depth),)
+        for argument, depth in (("student_blocks", student.depth), ("teacher_blocks", teacher.depth)):
+            if not all(0 <= block < depth for block in changes[argument]):
+                problems.append(problem(argument, changes[argument], f"indices from 0 to {depth - 1}"))
+    config = dataclasses.replace(config, **changes)
+    patches = student.num_patches
+    visible = int(patches * (1 - config.mask_ratio))
+    if not 0 < visible < patches:
+        bounds = f"{1 / patches:.3g} to {1 - 1 / patches:.3g} for {patches} patches"
+        problems.append(problem("mask_ratio", config.mask_ratio, bounds, "at least one patch visible and one masked"))
+    if problems:
+        raise ConfigError(problems)
+    torch.manual_seed(config.seed + 1)  # projectors: the same whatever student and teacher drew above
+    try:
+        if teacher is not None:
+            teacher = Teacher(teacher, config.teacher_blocks)
+        model = DMAE(
+            student,
+            teacher,
+            config.student_blocks or (),
+            config.teacher_blocks or (),
+            projector=None if config.projector == "none" else config.projector,
+            loss=config.loss,
+            alpha=config.alpha,
+            decode_fraction=config.decode_fraction,
+            reconstruct=config.reconstruct,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError([str(error)]) from error
+    return model, config
+
+
+def default_block(depth: int) -> int:
+    """Index of the block that ends three quarters of the depth (8 of 12, 17 of 24)."""
+    return max(depth * 3 // 4 - 1, 0)
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """``bf16``, ``fp16`` or ``off``: what ``auto`` means on this device."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _native.cpu_features() & {"avx512_bf16", "amx_bf16"} else "off"
+
+
+def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple[ImageLoader, DistillConfig]:
+    """The training images, and the config with length, learning rate and precision resolved to numbers."""
+    try:
+        folder = ImageFolder(config.data)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--data: {error}"]) from error
+    on_gpu = group.device.type == "cuda"
+    loader = ImageLoader(
+        folder,
+        config.img_size,
+        config.batch_size,
+        channels=config.in_chans,
+        num_patches=method.student.num_patches,
+        seed=config.seed,
+        workers=choose_workers(config.workers, on_gpu, group.world_size),
+        rank=group.rank,
+        world_size=group.world_size,
+        pin_memory=on_gpu,
+        scale=config.scale,
+    )
+    steps_per_epoch = loader.batches_per_epoch / config.accumulate
+    steps = config.steps or max(1, math.floor(config.epochs * steps_per_epoch))
+    epochs = config.epochs if config.steps is None else steps / steps_per_epoch
+    return loader, dataclasses.replace(
+        config,
+        steps=steps,
+        epochs=epochs,
+        warmup_epochs=epochs / 5 if config.warmup_epochs is None else config.warmup_epochs,
+        lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
+        amp=choose_amp(config.amp, group.device),
+        val_every=config.val_every or max(1, steps // 10),
+    )
+
+
+def choose_workers(workers: int, on_gpu: bool, processes_here: int) -> int:
+    """Decoding processes: on a GPU machine all cores, on a CPU a quarter of them, since training needs the cores too."""
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cores // processes_here)) if on_gpu else max(1, cores // 4 // processes_here)

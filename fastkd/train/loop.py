@@ -1,0 +1,204 @@
+"""The training loop of ``fastkd distill``: read `_train` from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.data import ImageLoader
+from fastkd.methods.dmae import DMAE
+
+from . import checkpoint
+from .build import build, build_loader
+from .config import DistillConfig
+from .distributed import Processes, processes
+from .held_out import LOSSES, HeldOut
+from .interrupt import Interrupt
+from .optimizer import adamw, set_lr
+from .resume import check_same_run, checkpoint_to_resume
+from .schedule import lr_at
+from .track import Reporter, RunFolder, Stopwatch
+
+logger = logging.getLogger("fastkd")
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what is still good."""
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        run: the run folder.
+        step: optimiser steps done.
+        finished: False where it was interrupted; the same call resumes it.
+        exported: the student as a timm checkpoint (None while unfinished).
+    """
+
+    run: Path
+    step: int
+    finished: bool
+    exported: Path | None
+
+
+def distill(config: DistillConfig) -> Result:
+    """Trains a student; continues where the run folder holds an unfinished run.
+
+    Under torchrun every process calls this with the same config.
+
+    Raises:
+        ConfigError: wrong arguments, all at once.
+        TrainingError: the loss is not finite any more.
+    """
+    config.validate()
+    with processes(config.device) as group:
+        return _train(config, group)
+
+
+def _train(config: DistillConfig, group: Processes) -> Result:
+    run, device = RunFolder(config.out), group.device
+    source = checkpoint_to_resume(config, run)
+    method, config = build(config)
+    loader, config = build_loader(config, method, group)
+    if source is not None and config.resume == "auto":
+        check_same_run(config, run)
+    method.to(device).train()
+    if source is not None:
+        checkpoint.load_student(source, method.student)
+    optimizer = adamw(method, config.lr, config.weight_decay, config.betas)
+    amp = AMP[config.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    history = torch.zeros(config.log_every, len(LOSSES), device=device)  # of the steps since the last report: `filled`
+    step, filled, seconds = 0, 0, 0.0
+    if source is not None:
+        state = checkpoint.load_state(source, device)
+        step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
+        history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
+        method.aligned_feature_projection_heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["rng"].cpu())
+    model = group.wrap(method, find_unused=not config.reconstruct or config.alpha == 0)
+    held_out = HeldOut(config, method, device, amp)
+    if group.is_main:
+        run.begin(config.as_dict())
+        run.rewind(step)
+    group.barrier()
+
+    def save() -> None:
+        losses = _checked(history[:filled], step, run)
+        if not all(norm.isfinite() for norm in torch._foreach_norm([p.detach() for p in method.parameters()])):
+            raise TrainingError(_not_finite(step, "weights are not finite", run))
+        state = dict(
+            step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
+            heads=method.aligned_feature_projection_heads.state_dict(), scaler=scaler.state_dict(),
+            loader=loader.state_dict(), rng=torch.get_rng_state(),
+        )  # fmt: skip
+        checkpoint.save(run.checkpoint, method.student, state)
+        held_out.draw(run)
+
+    reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main)
+    with reporter, Interrupt(group.is_main) as interrupt:
+        _announce(config, method, loader, group, step, source)
+        if step == 0 and group.is_main:
+            held_out.evaluate(run, step, loader.epoch)
+        batches = iter(loader)
+        watch, last_save = Stopwatch(seconds), time.monotonic()
+        interval_start, interval_wait = watch.seconds(), loader.wait_seconds
+        while step < config.steps and not interrupt.pressed:
+            epoch = loader.epoch
+            lr = lr_at(
+                epoch, lr=config.lr, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs, epochs=config.epochs
+            )
+            set_lr(optimizer, lr)
+            history[filled] = 0
+            for micro in range(config.accumulate):
+                batch = next(batches).to(device)
+                with group.synchronise(model, micro == config.accumulate - 1):
+                    with torch.autocast(device.type, amp, enabled=amp is not None):
+                        result = model(batch.images, config.mask_ratio, batch.noise)
+                    scaler.scale(result["loss"] / config.accumulate).backward()
+                history[filled] += torch.stack([result[name].detach().float() for name in LOSSES]) / config.accumulate
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, filled = step + 1, filled + 1
+            reporter.step()
+
+            if filled >= config.log_every or step == config.steps:  # the only place where the host waits for the device
+                losses = _checked(group.mean(history[:filled]), step, run)
+                elapsed = watch.seconds() - interval_start
+                row = dict(
+                    step=step, epoch=loader.epoch, lr=lr, **dict(zip(LOSSES, losses.mean(0).tolist())),
+                    images_per_second=filled * config.accumulate * loader.global_batch / elapsed,
+                    data_wait=(loader.wait_seconds - interval_wait) / elapsed,
+                    skipped=group.total(loader.skipped), seconds=watch.seconds(),
+                )  # fmt: skip
+                filled, interval_start, interval_wait = 0, watch.seconds(), loader.wait_seconds
+                if group.is_main:
+                    run.add(row)
+                    reporter.report(row)
+            if group.is_main:
+                with watch.pause():
+                    if step % config.val_every == 0 or step == config.steps:
+                        held_out.evaluate(run, step, loader.epoch)
+                    timed = time.monotonic() - last_save > 60 * config.save_minutes
+                    if timed or (config.save_every and step % config.save_every == 0):
+                        save()
+                        last_save = time.monotonic()
+
+        finished = step >= config.steps
+        if group.is_main:
+            save()
+            if finished:
+                from fastkd.models import export_timm
+
+                export_timm(method.student, run.exported)
+                logger.info("finished after %d steps; the student as a timm checkpoint: %s", step, run.exported)
+            else:
+                logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
+        if finished:
+            group.barrier()
+    return Result(run.root, step, finished, run.exported if finished else None)
+
+
+def _checked(losses: Tensor, step: int, run: RunFolder) -> Tensor:
+    """The losses [steps, 3] on the CPU; TrainingError where one is not finite. `step` is the last of them."""
+    losses = losses.detach().cpu()
+    for row, values in enumerate(losses.tolist()):
+        if not all(math.isfinite(value) for value in values):
+            what = ", ".join(f"{name} is {value:.4g}" for name, value in zip(LOSSES, values))
+            raise TrainingError(_not_finite(step - len(losses) + row + 1, what, run))
+    return losses
+
+
+def _not_finite(step: int, what: str, run: RunFolder) -> str:
+    good = checkpoint.find(run.root)
+    kept = f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
+    return f"step {step}: {what}. Training stops; {kept}. Try a lower --blr, more --warmup-epochs, or --amp off"
+
+
+def _announce(
+    config: DistillConfig, method: DMAE, loader: ImageLoader, group: Processes, step: int, source: Path | None
+) -> None:
+    millions = sum(p.numel() for p in method.student.parameters()) / 1e6
+    pairs = list(zip(config.teacher_blocks or (), config.student_blocks or ()))
+    teacher = ", ".join(f"block {theirs} of {config.teacher} -> block {ours}" for theirs, ours in pairs) or "no teacher"
+    logger.info("student %s (%.1f M parameters with decoder), %s", config.student, millions, teacher)
+    logger.info(
+        "%d images at %d x %d, %.4g %% masked; %d x %s, precision %s",
+        len(loader.folder), *config.img_size, 100 * config.mask_ratio, group.world_size, group.device, config.amp,
+    )  # fmt: skip
+    effective = loader.global_batch * config.accumulate
+    logger.info("%d steps of %d images (%.4g epochs), peak lr %.3g", config.steps, effective, config.epochs, config.lr)
+    if source is not None:
+        logger.info("continuing after step %d from %s", step, source)

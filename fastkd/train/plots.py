@@ -1,0 +1,86 @@
+"""The two pictures of a run: loss curves and reconstructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure  # not pyplot: a caller's own plotting back-end stays as it is
+from torch import Tensor
+
+from fastkd import ops
+from fastkd.models.mae import MaskedAutoencoderViT
+from fastkd.ops.masked import images as _images
+
+RATIOS = (0.75, 0.90, 0.95, 0.98)
+
+
+def loss_curves(rows: list[dict], path: Path) -> None:
+    """Losses (training and held-out) and speed over the steps, from the lines of metrics.jsonl, as a PNG."""
+    panels = [
+        ("pixel_loss", "pixel loss", "val_pixel_loss"),
+        ("align_loss", "alignment loss", "val_align_loss"),
+        ("images_per_second", "images / second", None),
+    ]
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (key, title, held_out) in zip(axes, panels):
+        for name, label, style in ((key, "training", "-"), (held_out, "held out", "o-")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points), style, label=label, markersize=3, linewidth=1.3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if held_out and axis.lines:
+            axis.legend()
+    axes[-1].set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def reconstruction(student: MaskedAutoencoderViT, images: Tensor, ratio: float, path: Path, seed: int = 0) -> None:
+    """A grid: per image the original, then per mask ratio the masked input and the reconstruction; as a PNG.
+
+    Args:
+        images: [N, H, W, C] uint8 on the student's device.
+        ratio: the run's mask ratio, shown beside 75, 90, 95 and 98 %.
+
+    Masked patches are predicted, visible ones copied from the input. With norm_pix_loss, predictions are put back on
+    each patch's own mean and deviation (they cannot be known from the prediction).
+    """
+    ratios = [r for r in sorted({*RATIOS, ratio}) if 0 < int(student.num_patches * (1 - r)) < student.num_patches]
+    noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(seed))
+    columns = [("image", images.cpu())]
+    for r in ratios:
+        masked, filled = _fill_in(student, images, r, noise.to(images.device))
+        columns += [(f"{100 * r:g} % masked", masked), ("reconstruction", filled)]
+    figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(images) + 0.3), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, (title, pictures) in enumerate(columns):
+        axes[0][column].set_title(title, fontsize=7)
+        for row, picture in enumerate(pictures):
+            axes[row][column].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=255)
+            axes[row][column].axis("off")
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(masked input, reconstruction), both uint8 [N, H, W, C] on the CPU."""
+    masking = ops.random_masking(len(images), student.num_patches, ratio, noise=noise)
+    predicted = student.decode(student(images, masking.ids_keep).tokens, masking.ids_shuffle).float()
+    affine = _images.affine(images, student.mean, student.std, torch.float32)
+    truth = ops.patchify(_images.normalized(images.permute(0, 3, 1, 2), affine), student.patch_size)
+    index = masking.ids_masked[:, :, None].expand(-1, -1, truth.shape[-1])
+    if student.norm_pix_loss:
+        own = truth.gather(1, index)
+        predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+    grey = ((127.5 / 255 - torch.tensor(student.mean)) / torch.tensor(student.std)).to(truth)
+    pixels = student.patch_size[0] * student.patch_size[1]
+    masked = truth.scatter(1, index, grey.repeat(pixels).expand(index.shape))
+    return tuple(_to_pixels(student, patches, affine) for patches in (masked, truth.scatter(1, index, predicted)))
+
+
+def _to_pixels(student: MaskedAutoencoderViT, patches: Tensor, affine: Tensor) -> Tensor:
+    pictures = ops.unpatchify(patches, student.patch_size, student.grid)
+    scale, shift = affine[:, :, None, None]
+    return ((pictures - shift) / scale).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()

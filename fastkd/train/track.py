@@ -1,0 +1,149 @@
+"""What a run leaves behind and what it shows: metrics.jsonl, train.log, config.json and the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("fastkd")
+
+
+class RunFolder:
+    """Files of one run.
+
+    Attributes:
+        root: the folder.
+        checkpoint: ``checkpoints/last``.
+        exported: ``exported_models/student_timm.safetensors``.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        self.checkpoint = self.root / "checkpoints/last"
+        self.exported = self.root / "exported_models/student_timm.safetensors"
+        self._metrics = self.root / "metrics.jsonl"
+
+    def begin(self, config: dict) -> None:
+        """Creates the folders and writes config.json."""
+        for folder in (self.root, self.checkpoint.parent, self.exported.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.root / "config.json").write_text(json.dumps({**config, "versions": versions()}, indent=1) + "\n")
+
+    @staticmethod
+    def plain(config: dict) -> dict:
+        """A config as it reads back from config.json (tuples are lists there)."""
+        return json.loads(json.dumps(config))
+
+    def config(self) -> dict:
+        """The config of the run that is there; empty without one."""
+        path = self.root / "config.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl; a last line that a crash cut off is left out."""
+        rows = []
+        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drops the metrics after a step: a resumed run writes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        self._metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, row: dict) -> None:
+        """Appends a line to metrics.jsonl."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions that the numbers of a run depend on."""
+    import torch
+
+    import fastkd
+
+    return dict(fastkd=fastkd.__version__, torch=torch.__version__, python=platform.python_version())
+
+
+class Reporter:
+    """Progress bar on a terminal, one line per report elsewhere, and everything in train.log.
+
+    A context manager; silent on processes that are not the main one.
+    """
+
+    def __init__(self, log: Path, total: int, start: int, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._console = Console(stderr=True, quiet=quiet)
+        self._handlers: list[logging.Handler] = []
+        if not quiet:
+            shown = RichHandler(console=self._console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+            written = logging.FileHandler(log)
+            written.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            self._handlers = [shown, written]
+        self._bar = Progress(
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(), console=self._console, disable=quiet or not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=total, completed=start, status="")
+
+    def __enter__(self) -> Reporter:
+        self._level, self._propagate = logger.level, logger.propagate
+        logger.setLevel(logging.WARNING if self.quiet else logging.INFO)
+        logger.propagate = False
+        for handler in self._handlers:
+            logger.addHandler(handler)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(self._level)
+        logger.propagate = self._propagate
+
+    def step(self) -> None:
+        self._bar.advance(self._task)
+
+    def report(self, row: dict) -> None:
+        """Shows a line of metrics."""
+        losses = ", ".join(f"{k.removesuffix('_loss')} {row[k]:.4g}" for k in ("loss", "pixel_loss", "align_loss") if k in row)
+        status = f"{losses}, {row['images_per_second']:.4g} img/s, data_wait {row['data_wait']:.0%}"
+        self._bar.update(self._task, status=status)
+        record = f"step {row['step']} epoch {row['epoch']:.3g}: {status}, lr {row['lr']:.3g}"
+        if self._bar.disable:
+            logger.info(record)
+        else:  # the bar already shows it
+            for handler in self._handlers[1:]:
+                handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, record, (), None))
+
+
+class Stopwatch:
+    """Seconds of training: over restarts, and without what happens inside `pause`."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.perf_counter() - before
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def pause(self):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - begin
