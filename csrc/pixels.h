@@ -41,16 +41,47 @@ class PatchReader {
   }
 
   // (channel, row, column): the order of a convolution's weight.
-  template <class Out>
-  void read_channels_first(int64_t image, int64_t patch, Out* out) const {
+  void read_channels_first(int64_t image, int64_t patch, A* out) const {
     const Pixel* corner = at(image, patch);
-    for (int64_t c = 0; c < shape_.channels; ++c)
-      for (int64_t y = 0; y < shape_.height; ++y)
-        for (int64_t x = 0; x < shape_.width; ++x)
-          *out++ = static_cast<Out>(static_cast<A>(corner[y * sh_ + x * sw_ + c * sc_]) * scale_[c] + shift_[c]);
+    switch (shape_.width) {  // the usual widths as constants: a line is then one or two vectors without a tail loop
+      case 14: return channels_first<14>(corner, out);
+      case 16: return channels_first<16>(corner, out);
+      default: return channels_first<0>(corner, out);
+    }
   }
 
  private:
+  template <int WIDTH>
+  void channels_first(const Pixel* corner, A* out) const {
+    const int64_t width = WIDTH ? WIDTH : shape_.width, plane = shape_.height * width;
+    if (sc_ == 1 && sw_ == 3 && shape_.channels == 3) {
+      const A r = scale_[0], g = scale_[1], b = scale_[2], r0 = shift_[0], g0 = shift_[1], b0 = shift_[2];
+      for (int64_t y = 0; y < shape_.height; ++y) {
+        const Pixel* line = corner + y * sh_;
+        A* to = out + y * width;
+#pragma omp simd
+        for (int64_t x = 0; x < width; ++x) {
+          to[x] = static_cast<A>(line[3 * x]) * r + r0;
+          to[plane + x] = static_cast<A>(line[3 * x + 1]) * g + g0;
+          to[2 * plane + x] = static_cast<A>(line[3 * x + 2]) * b + b0;
+        }
+      }
+      return;
+    }
+    for (int64_t c = 0; c < shape_.channels; ++c) {
+      const A scale = scale_[c], shift = shift_[c];
+      for (int64_t y = 0; y < shape_.height; ++y, out += width) {
+        const Pixel* line = corner + y * sh_ + c * sc_;
+        if (sw_ == 1) {
+#pragma omp simd
+          for (int64_t x = 0; x < width; ++x) out[x] = static_cast<A>(line[x]) * scale + shift;
+        } else {
+          for (int64_t x = 0; x < width; ++x) out[x] = static_cast<A>(line[x * sw_]) * scale + shift;
+        }
+      }
+    }
+  }
+
   const Pixel* at(int64_t image, int64_t patch) const {
     STD_TORCH_CHECK(patch >= 0 && patch < shape_.count, "fastkd: patch id ", patch, " outside [0, ", shape_.count, ")");
     return base_ + image * sb_ + (patch / shape_.columns) * shape_.height * sh_ +

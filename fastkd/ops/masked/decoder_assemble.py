@@ -50,8 +50,8 @@ def _fill_backward(grad_out, ids, given, num_prefix, grad_fill) -> None:
     grad_fill.copy_(total.index_put((rows,), grad, accumulate=True))
 
 
-forward = Kernel(OP, reference=_fill_forward, cpp=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_fill_backward)
+forward = Kernel(OP, reference=_fill_forward)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward)
 
 
 def _unit_stride(t: Tensor) -> Tensor:

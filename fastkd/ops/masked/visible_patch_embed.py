@@ -67,8 +67,29 @@ def _fill_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_p
     grad_prefix.copy_(grad_out[:, :num_prefix].sum(0, dtype=wide))
 
 
-forward = Kernel(OP, reference=_fill_forward, cpp=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_fill_backward)
+def _cpp_forward(images, ids, weight, bias, pos_embed, prefix, affine, out) -> None:
+    native, patch = torch.ops.fastkd_cpu, list(weight.shape[2:])
+    rows = torch.empty(ids.numel(), weight[0].numel(), dtype=weight.dtype)
+    projected = out.flatten(0, 1) if prefix is None else torch.empty(len(rows), len(weight), dtype=weight.dtype)
+    native.visible_patch_rows(images, ids, affine, patch, rows)
+    torch.mm(rows, weight.flatten(1).t(), out=projected)  # an `out=` call: autocast leaves it alone
+    native.visible_patch_finish(projected, ids, bias, pos_embed, prefix, out)
+
+
+def _cpp_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_prefix) -> None:
+    native, patch = torch.ops.fastkd_cpu, list(grad_weight.shape[2:])
+    rows = torch.empty(ids.numel(), grad_weight[0].numel(), dtype=grad_weight.dtype)
+    copy = None
+    if len(grad_prefix) or not grad_out.is_contiguous():
+        copy = torch.empty(len(rows), len(grad_weight), dtype=grad_out.dtype)
+    native.visible_patch_rows(images, ids, affine, patch, rows)
+    native.visible_patch_sums(grad_out, copy, grad_bias, grad_prefix)
+    grad = grad_out.flatten(0, 1) if copy is None else copy
+    torch.mm(grad.t(), rows, out=grad_weight.flatten(1))
+
+
+forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_cpp_backward)
 
 
 def _empty_out(ids: Tensor, weight: Tensor, prefix: Tensor | None) -> Tensor:
@@ -178,7 +199,7 @@ def visible_patch_embed(
     _check.check_tensor(OP, "ids_keep", ids_keep, 2, (torch.int64,))
     batch = images.shape[0]
     _check.check_shape(OP, "ids_keep", ids_keep, (batch, ids_keep.shape[1]), "(B, n)")
-    if ids_keep.numel() == 0:
+    if ids_keep.shape[1] == 0:
         _check.fail(OP, "ids_keep", f"shape {tuple(ids_keep.shape)}", "at least one patch", "lower mask_ratio")
     if bias is not None:
         _check.check_tensor(OP, "bias", bias, 1)
