@@ -17,7 +17,8 @@ import pytest  # noqa: E402
 
 from fastkd.ops import BACKENDS, SPECS, OpSpec, _dispatch  # noqa: E402
 
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+# Test tensors are tiny; test_ops.py and test_fuzz.py use several threads.
+torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -58,6 +59,14 @@ def prefer(name: str) -> Iterator[None]:
         yield
     finally:
         _dispatch.Kernel.order = original
+
+
+@pytest.fixture
+def several_threads():
+    """Kernels split their work, also on a machine with one core."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

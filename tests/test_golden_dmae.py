@@ -126,7 +126,9 @@ def test_golden_distill_loss(file: Golden, name, dtype):
     for case in cases:
         criterion = case.rpartition("_")[2]
         kind = "mlp" if case.startswith("_mlp_") else "noproj" if case.startswith("_noproj_") else "linear"
-        student_key = "feature_student_noproj" if kind == "noproj" and "feature_student_noproj" in file else "feature_student"
+        student_key = (
+            "feature_student_noproj" if kind == "noproj" and "feature_student_noproj" in file else "feature_student"
+        )
         weights = {
             "linear": [k for k in ("proj_weight", "proj_bias") if k in file],
             "mlp": [k for k in file.arrays if k.startswith("mlp_fc")],

@@ -37,6 +37,7 @@ def smallest_case(spec, dtype, device) -> dict:
     return spec.build(min(spec.cases.values(), key=size), dtype, device)
 
 
+@pytest.mark.usefixtures("several_threads")
 @each_case_backend
 def test_accuracy(spec, case, name):
     for dtype in dtypes_of(name):
@@ -48,6 +49,22 @@ def test_reruns_are_bit_equal(spec, name):
     kwargs = first_case(spec, device=device_of(name))
     with backend(name):
         check_same(evaluate(spec, spec.function, kwargs), evaluate(spec, spec.function, kwargs), 0, spec.name)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_number_of_threads_changes_nothing(spec):
+    """Reductions run in a fixed order: the same bits with 1 and 3 threads."""
+    if "cpp" not in backends_of(spec):
+        pytest.skip("the native CPU library is not built")
+    for case in spec.cases.values():
+        kwargs = spec.build(case, torch.float32, "cpu")
+        results = []
+        with backend("cpp"):
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                results.append(evaluate(spec, spec.function, kwargs))
+        torch.set_num_threads(1)
+        check_same(*results, 1e-6, spec.name)
 
 
 @each_layout
@@ -68,6 +85,7 @@ def test_input_layouts(spec, name, layout):
 @each_loss_backend
 def test_upstream_gradient_layouts(spec, name, layout):
     """Upstream gradients come with any strides: `sum().backward()` sends one number with all strides 0."""
+
     def upstream(output, index=0):
         if layout == "zero_strides":
             return torch.full((), 1.5, dtype=output.dtype, device=output.device).expand(output.shape)

@@ -1,0 +1,81 @@
+"""Other golden files can be dropped in: random configurations pass, a wrong number fails, an empty folder is fine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import plain_dmae
+import pytest
+import test_golden_models as models
+import torch
+from conftest import BACKENDS_HERE
+from golden_files import Golden
+
+FASTEST = "cpp" if "cpp" in BACKENDS_HERE else "reference"
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6, 7])
+def test_golden_of_a_random_configuration(seed, tmp_path):
+    """The exact savings against the plain formula: odd grids, several pairs, L2, normalised pixels, 1 to 4 channels."""
+    plain_dmae.make(tmp_path, seed)
+    teacher, forward, grads = (
+        Golden(tmp_path / f"dmae_{part}_made{seed}.npz")
+        for part in ("teacher_forward", "student_forward", "student_grads")
+    )
+    for dtype in (torch.float32, torch.float64):
+        models.test_golden_teacher_forward(teacher, FASTEST, dtype)
+        for shared in (False, True):
+            models.test_golden_student_forward(forward, FASTEST, dtype, shared)
+            models.test_golden_student_grads(grads, FASTEST, dtype, shared)
+
+
+def test_golden_without_the_teachers_parameters(tmp_path):
+    plain_dmae.make(tmp_path, 4)
+    (tmp_path / "dmae_teacher_forward_made4.npz").unlink()
+    models.test_golden_student_forward(
+        Golden(tmp_path / "dmae_student_forward_made4.npz"), FASTEST, torch.float64, True
+    )
+    models.test_golden_student_grads(Golden(tmp_path / "dmae_student_grads_made4.npz"), FASTEST, torch.float64, True)
+
+
+def test_a_wrong_number_in_a_file_fails(tmp_path):
+    plain_dmae.make(tmp_path, 5)
+    path = tmp_path / "dmae_student_grads_made5.npz"
+    arrays = dict(np.load(path))
+    largest = np.abs(arrays["grad/mask_token"]).argmax()
+    arrays["grad/mask_token"].flat[largest] *= 1 + 1e-5
+    np.savez(path, **arrays)
+    with pytest.raises(AssertionError, match="grad/mask_token"):
+        models.test_golden_student_grads(Golden(path), FASTEST, torch.float64, True)
+
+
+def collect(folder: Path) -> subprocess.CompletedProcess:
+    here = Path(__file__).parent
+    files = [here / name for name in ("test_golden_dmae.py", "test_golden_models.py")]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--rootdir", here, *files]
+    environment = dict(os.environ, FASTKD_GOLDEN_DIR=str(folder))
+    extra = ["--collect-only"] if any(folder.iterdir()) else []
+    return subprocess.run(list(map(str, command + extra)), capture_output=True, text=True, env=environment)
+
+
+def test_every_matching_file_is_collected_and_no_other(tmp_path):
+    source = Path(__file__).parent / "golden"
+    for name in ("dmae_pixel_loss", "dmae_student_grads"):
+        shutil.copy(source / f"{name}_dev.npz", tmp_path / f"{name}_other_odd.npz")
+    shutil.copy(source / "dmae_pixel_loss_dev.npz", tmp_path / "unknown_op_dev.npz")
+    found = collect(tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    ids = [line for line in found.stdout.splitlines() if "::" in line]
+    for stem in ("dmae_pixel_loss_other_odd", "dmae_student_grads_other_odd"):
+        assert any(f"golden-{stem}" in line for line in ids), found.stdout
+    assert not any("unknown_op" in line or "_dev" in line for line in ids)
+
+
+def test_an_empty_folder_does_not_fail(tmp_path):
+    result = collect(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
