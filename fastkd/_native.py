@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -38,7 +39,12 @@ def cpu_features() -> frozenset[str]:
 
 
 def library_path(kind: str) -> Path | None:
-    """The library for this machine: the CPU library's best variant, or the CUDA library."""
+    """The library for this machine: the CPU library's best variant, or the CUDA library.
+
+    FASTKD_CPU_LIBRARY=path takes that CPU library instead (sanitizer builds, comparing two builds).
+    """
+    if kind == "cpu" and os.environ.get("FASTKD_CPU_LIBRARY"):
+        return Path(os.environ["FASTKD_CPU_LIBRARY"])
     if kind == "cuda":
         path = FOLDER / "libfastkd_cuda.so"
         return path if path.exists() else None

@@ -26,7 +26,9 @@ STRESS = {
     "huge": lambda t: t * 1e4,
     "tiny": lambda t: t * 1e-6,
     "constant": lambda t: torch.full_like(t, 0.37),
-    "zero_rows": lambda t: torch.where(torch.arange(len(t), device=t.device).view(-1, *[1] * (t.ndim - 1)) % 2 == 0, 0, t),
+    "zero_rows": lambda t: torch.where(
+        torch.arange(len(t), device=t.device).view(-1, *[1] * (t.ndim - 1)) % 2 == 0, 0, t
+    ),
 }
 
 

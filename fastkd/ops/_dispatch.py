@@ -152,7 +152,10 @@ class Kernel:
             return "no CUDA C++ kernel is written for it"
         if backend == "cuda" and dtype == torch.float64:
             return "CUDA kernels compute in float32; float64 runs on reference and cpp"
-        return _native.why_not_loaded(wanted)
+        reason = _native.why_not_loaded(wanted)
+        if reason is None and self._cpp is None and not hasattr(getattr(torch.ops, f"fastkd_{wanted}"), self.name):
+            reason = f"the native {wanted} library has no {self.name}: built from other sources; {_native.REBUILD}"
+        return reason
 
     def implementation(self, backend: str) -> Callable[..., None]:
         """The callable behind a backend name."""

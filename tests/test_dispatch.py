@@ -1,0 +1,162 @@
+"""Which backend runs: order, override, reasons, and what an import costs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import backends_of
+
+import fastkd
+from fastkd import _native, ops
+from fastkd.ops import _dispatch
+from fastkd.ops._dispatch import Kernel
+
+SPEC = ops.SPECS["masked_pixel_loss"]
+FORWARD = SPEC.kernels[0]
+
+
+@pytest.fixture
+def kernel():
+    """A kernel without native code that records which implementation ran."""
+    ran = []
+    made = Kernel("test_kernel_of_no_op", reference=lambda x, out: ran.append("reference"))
+    made.ran = ran
+    yield made
+    del Kernel.all["test_kernel_of_no_op"]
+
+
+def call(kernel) -> None:
+    kernel(torch.zeros(1), torch.zeros(1))
+
+
+def test_cpu_tensors_take_cpp_where_it_is_built():
+    wanted = "cpp" if _native.why_not_loaded("cpu") is None else "reference"
+    assert FORWARD.pick("cpu", torch.float32) == wanted
+
+
+def test_every_kernel_is_in_the_native_library():
+    if _native.why_not_loaded("cpu"):
+        pytest.skip(_native.why_not_loaded("cpu"))
+    missing = {name: k.why_not("cpp", "cpu", torch.float32) for name, k in Kernel.all.items()}
+    assert not {name: reason for name, reason in missing.items() if reason}
+
+
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with fastkd.backend("triton"), pytest.raises(RuntimeError, match="triton.*Triton needs CUDA tensors, got cpu"):
+        FORWARD.pick("cpu", torch.float32)
+    with fastkd.backend("cuda"), pytest.raises(RuntimeError, match="cuda.*it takes cuda tensors, got cpu"):
+        FORWARD.pick("cpu", torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with fastkd.backend("triton"), pytest.raises(RuntimeError, match="float64"):
+        FORWARD.pick("cpu", torch.float64)
+
+
+def test_the_automatic_choice_falls_back_and_logs_the_reason_once(kernel, caplog):
+    with caplog.at_level(logging.INFO, "fastkd"):
+        call(kernel)
+        call(kernel)
+    assert kernel.ran == ["reference", "reference"]
+    lines = [r.getMessage() for r in caplog.records if "test_kernel_of_no_op" in r.getMessage()]
+    assert len(lines) == 1 and "cpp" in lines[0]
+
+
+def test_a_library_from_other_sources_is_named(kernel):
+    if _native.why_not_loaded("cpu"):
+        pytest.skip(_native.why_not_loaded("cpu"))
+    assert "has no test_kernel_of_no_op" in kernel.why_not("cpp", "cpu", torch.float32)
+    with fastkd.backend("cpp"), pytest.raises(RuntimeError, match="has no test_kernel_of_no_op.*pip install"):
+        call(kernel)
+
+
+def test_overrides_nest_and_end_with_an_exception():
+    with fastkd.backend("reference"):
+        with pytest.raises(KeyError), fastkd.backend("cuda"):
+            assert _dispatch.forced_backend() == "cuda"
+            raise KeyError
+        assert _dispatch.forced_backend() == "reference"
+    assert _dispatch.forced_backend() == (os.environ.get("FASTKD_BACKEND") or None)
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend: got 'fast', expected one of reference, cpp, triton, cuda"):
+        with fastkd.backend("fast"):
+            pass
+    monkeypatch.setenv("FASTKD_BACKEND", "fast")
+    with pytest.raises(ValueError, match="FASTKD_BACKEND: got 'fast'"):
+        FORWARD.pick("cpu", torch.float32)
+
+
+def test_the_environment_variable_forces_and_the_block_wins(kernel, monkeypatch):
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    assert FORWARD.pick("cpu", torch.float32) == "reference"
+    with fastkd.backend("cuda"), pytest.raises(RuntimeError):
+        FORWARD.pick("cpu", torch.float32)
+
+
+def test_an_override_reaches_a_graph_that_is_already_compiled(monkeypatch):
+    kwargs = SPEC.build(SPEC.cases["mask"], torch.float32, "cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(SPEC.function, fullgraph=True, backend="aot_eager")
+    compiled(**kwargs)
+    used = []
+    original = Kernel.implementation
+    monkeypatch.setattr(Kernel, "implementation", lambda self, name: used.append(name) or original(self, name))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for name in backends_of(SPEC):
+            if name != "cuda":
+                with fastkd.backend(name):
+                    compiled(**kwargs)
+    assert used == [name for name in backends_of(SPEC) if name != "cuda"]
+
+
+def test_the_override_reaches_backward_threads():
+    """Autograd runs backward on threads of its own where a device has one; the override is process-wide."""
+    kwargs = SPEC.build(SPEC.cases["mask"], torch.float32, "cpu")
+    used = []
+    with pytest.MonkeyPatch.context() as patch, fastkd.backend("reference"):
+        original = Kernel.implementation
+        patch.setattr(
+            Kernel, "implementation", lambda self, name: used.append((self.name, name)) or original(self, name)
+        )
+        pred = kwargs["pred"].requires_grad_()
+        SPEC.function(**kwargs).backward()
+    assert used == [("masked_pixel_loss", "reference"), ("masked_pixel_loss_backward", "reference")]
+    assert pred.grad is not None
+
+
+def python(code: str, **environment) -> str:
+    root = str(Path(fastkd.__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_needs_torch_alone_and_no_cuda_context():
+    heavy = ("triton", "timm", "transformers", "matplotlib", "sklearn", "onnx", "tyro", "rich", "PIL", "torchvision")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import fastkd, fastkd.ops, fastkd.nn, fastkd.models, fastkd.methods
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted(new & set({heavy!r})), torch.cuda.is_initialized())
+"""
+    assert python(code) == "[] False"
+
+
+def test_cpu_library_from_the_environment():
+    code = "from fastkd import _native; print(_native.library_path('cpu'), _native.why_not_loaded('cpu'))"
+    said = python(code, FASTKD_CPU_LIBRARY="/nowhere/libother.so")
+    assert said.startswith("/nowhere/libother.so libother.so does not load:") and "pip install" in said
