@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import onnx_vit
-from .layouts import Weights, from_state_dict
+from .layouts import HF_PATCH_WEIGHT, Weights, from_state_dict
 from .mae import MaskedAutoencoderViT, mae_vit
 from .reading import read_file, read_folder, read_json
 from .saving import METADATA
@@ -121,9 +121,7 @@ def _from_path(path: Path, size: tuple[int, int] | None, hints: dict) -> VisionT
     if path.is_dir():
         state, config = read_folder(path)
         if "model_type" in config:
-            processor = read_json(path / "preprocessor_config.json") or {}
-            statistics = processor.get("image_mean"), processor.get("image_std")
-            return _from_transformers(state, config, str(path), statistics, hints)
+            return _from_transformers(state, config, path, hints)
         weights = from_state_dict(state, str(path), img_size=size, **hints)
         return _with_statistics(build(weights, str(path)), config.get("pretrained_cfg"))
     if path.suffix == ".onnx":
@@ -136,8 +134,11 @@ def _from_path(path: Path, size: tuple[int, int] | None, hints: dict) -> VisionT
     state, extras = read_file(path)
     if METADATA in extras:
         return build(Weights(state, _own_config(extras[METADATA], path)), str(path))
-    if any(name.endswith("layernorm_before.weight") for name in state):
-        raise ValueError(f"load_vit: got {path}, a transformers file, expected its folder, which has the config.json")
+    if any(name.endswith(HF_PATCH_WEIGHT) for name in state):
+        config = read_json(path.parent / "config.json")
+        if config is None:
+            raise ValueError(f"load_vit: got {path}, a file of transformers, expected its config.json in the same folder")
+        return _from_transformers(state, config, path, hints)
     norm_pix_loss = bool(extras.get("norm_pix_loss", False))
     weights = from_state_dict(state, str(path), img_size=size, norm_pix_loss=norm_pix_loss, **hints)
     return build(weights, str(path))
@@ -154,7 +155,7 @@ def _own_config(text: str, path: Path) -> dict[str, Any]:
 def _from_module(module: nn.Module, hints: dict) -> VisionTransformer:
     origin, source = type(module).__module__.split(".")[0], type(module).__name__
     if origin == "transformers" and hasattr(module, "config"):
-        return _from_transformers(module.state_dict(), module.config.to_dict(), source, (None, None), hints)
+        return _from_transformers(module.state_dict(), module.config.to_dict(), source, hints)
     if origin == "timm" and source == "VisionTransformer":
         _refuse_unsupported(module)
         block = module.blocks[0]
@@ -186,8 +187,10 @@ def _refuse_unsupported(module: nn.Module) -> None:
 
 
 def _from_transformers(
-    state: dict[str, Tensor], config: dict[str, Any], source: str, statistics: tuple, hints: dict
+    state: dict[str, Tensor], config: dict[str, Any], origin: Path | str, hints: dict
 ) -> VisionTransformer:
+    """From a module's (origin: its class name) or a file's (origin: its path) state dict and config."""
+    source = str(origin)
     kind = config.get("model_type")
     if kind not in TRANSFORMERS:
         raise ValueError(f"{source}: model_type: got {kind!r}, expected one of {', '.join(TRANSFORMERS)}")
@@ -201,7 +204,11 @@ def _from_transformers(
         norm_eps=config.get("layer_norm_eps", 1e-6 if "dino" in kind else 1e-12),
         norm_pix_loss=config.get("norm_pix_loss", False),
     )  # fmt: skip
-    mean, std = statistics if None not in statistics else TRANSFORMERS[kind] or (None, None)
+    mean, std = TRANSFORMERS[kind] or (None, None)
+    if isinstance(origin, Path):
+        folder = origin if origin.is_dir() else origin.parent
+        processor = read_json(folder / "preprocessor_config.json") or {}
+        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
     return _with_statistics(build(weights, source), {"mean": mean, "std": std})
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def _read_pickle(path: Path) -> Any:
     # A memory map keeps what is not used (optimiser state, the decoder of a teacher) on the disk.
     mapped = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         names = _unsafe_names(path, str(error))
