@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch.utils import _device
 
 BAND = 256  # bytes on each side; a multiple of every alignment that kernels rely on
 CANARY = 0xA5
 _EMPTY, _EMPTY_LIKE = torch.empty, torch.empty_like
+# ``with torch.device("meta")`` looks constructors up in a set made at its first use: that must hold the real ones.
+_device._device_constructors()
 
 
 def is_real(tensor: torch.Tensor) -> bool:

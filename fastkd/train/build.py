@@ -99,10 +99,10 @@ def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
         problems.append(problem("mask_ratio", config.mask_ratio, bounds, "at least one patch visible and one masked"))
     if problems:
         raise ConfigError(problems)
-    torch.manual_seed(config.seed + 1)  # projectors: the same whatever student and teacher drew above
     try:
         if teacher is not None:
             teacher = Teacher(teacher, config.teacher_blocks)
+        torch.manual_seed(config.seed + 1)  # projectors: the same whatever was drawn above
         model = DMAE(
             student,
             teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure  # not pyplot: a caller's own plotting back-end stays as it is
 from torch import Tensor
@@ -49,22 +50,28 @@ def reconstruction(student: MaskedAutoencoderViT, images: Tensor, ratio: float, 
     """
     ratios = [r for r in sorted({*RATIOS, ratio}) if 0 < int(student.num_patches * (1 - r)) < student.num_patches]
     noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(seed))
-    columns = [("image", images.cpu())]
+    columns = [("image", images.cpu().numpy())]
     for r in ratios:
         masked, filled = _fill_in(student, images, r, noise.to(images.device))
         columns += [(f"{100 * r:g} % masked", masked), ("reconstruction", filled)]
-    figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(images) + 0.3), layout="constrained")
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    height, width = images.shape[1:3]
+    gap = max(1, width // 20)
+    canvas = np.full((len(images) * (height + gap), len(columns) * (width + gap), 3), 255, np.uint8)
+    figure = Figure(figsize=(1.3 * len(columns), 1.3 * len(images) * height / width + 0.25), layout="constrained")
+    axes = figure.add_subplot()
     for column, (title, pictures) in enumerate(columns):
-        axes[0][column].set_title(title, fontsize=7)
+        left = column * (width + gap)
+        axes.text(left + width / 2, -gap, title, ha="center", va="bottom", fontsize=8)
         for row, picture in enumerate(pictures):
-            axes[row][column].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=255)
-            axes[row][column].axis("off")
-    figure.savefig(path, dpi=120)
+            top = row * (height + gap)
+            canvas[top : top + height, left : left + width] = picture  # grey broadcasts to RGB
+    axes.imshow(canvas)
+    axes.axis("off")
+    figure.savefig(path, dpi=150)
 
 
 @torch.no_grad()
-def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(masked input, reconstruction), both uint8 [N, H, W, C] on the CPU."""
     masking = ops.random_masking(len(images), student.num_patches, ratio, noise=noise)
     predicted = student.decode(student(images, masking.ids_keep).tokens, masking.ids_shuffle).float()
@@ -80,7 +87,7 @@ def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise:
     return tuple(_to_pixels(student, patches, affine) for patches in (masked, truth.scatter(1, index, predicted)))
 
 
-def _to_pixels(student: MaskedAutoencoderViT, patches: Tensor, affine: Tensor) -> Tensor:
+def _to_pixels(student: MaskedAutoencoderViT, patches: Tensor, affine: Tensor) -> np.ndarray:
     pictures = ops.unpatchify(patches, student.patch_size, student.grid)
     scale, shift = affine[:, :, None, None]
-    return ((pictures - shift) / scale).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+    return ((pictures - shift) / scale).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
