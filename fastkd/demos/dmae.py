@@ -120,6 +120,7 @@ class Demo:
         self.console = console or Console(soft_wrap=False)
         self.ratios = config.ratios or ((0.75, 0.90, 0.95, 0.98) if config.full else (0.75, 0.95))
         self.seeds = config.seeds or (tuple(range(5)) if config.full else (0,))
+        self.option_ratios = tuple(r for r in (0.75, 0.95) if config.full and r in self.ratios)
         self.device = torch.device(config.device)
         self.out = Path(config.out).expanduser()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -133,11 +134,10 @@ class Demo:
         self.probe = self.train, self.test
         if not config.data:
             self.probe = self.train.balanced(600, seed=0), self.test.balanced(500 if config.full else 200, seed=0)
+        self.curve_probe = self.probe[0].subset(slice(1500)), self.probe[1].subset(slice(1000))
         self.images = self.train.images.to(self.device)
         self.recipe = Recipe(config.steps, config.batch_size, config.lr)
         self.rows = self._kept_rows()
-        self.students: dict[tuple[str, float], MaskedAutoencoderViT] = {}
-        self.curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
 
     def _pictures(self) -> tuple[Pictures, Pictures]:
         if self.config.data:
@@ -160,7 +160,7 @@ class Demo:
         path.write_text(json.dumps(self._settings()) + "\n")
         return []
 
-    def _add(self, name: str, ratio: float | None, seed: int, scores: Scores, **more: float) -> None:
+    def _add(self, name: str, ratio: float | None, seed: int, scores: Scores, **more: Any) -> None:
         row = dict(name=name, ratio=ratio, seed=seed, knn=scores.knn, linear=scores.linear, **more)
         self.rows.append(row)
         with (self.out / "results.jsonl").open("a") as file:
@@ -178,8 +178,8 @@ class Demo:
             f"{len(self.test.labels):,} held out"
         )
         jobs = [(name, ratio, seed) for ratio in self.ratios for seed in self.seeds for name in METHODS]
-        if self.config.full:
-            jobs += [(name, r, seed) for r in (0.75, 0.95) for seed in self.seeds[:3] for name in OPTIONS]
+        if self.option_ratios:
+            jobs += [(name, r, seed) for r in self.option_ratios for seed in self.seeds[:3] for name in OPTIONS]
         done = {(row["name"], row["ratio"], row["seed"]) for row in self.rows}
         with self._progress() as progress:
             if ("teacher", None, 0) not in done:
@@ -227,25 +227,24 @@ class Demo:
                 losses[key] = 0.95 * losses.get(key, value) + 0.05 * value
             status = " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items() if value)
             progress.update(task, completed=step, status=status)
-            if not self.config.full and step < self.config.steps and step % max(1, self.config.steps // CURVE_POINTS) == 0:
+            if seed == self.seeds[0] and step % max(1, self.config.steps // CURVE_POINTS) == 0:
                 curve.append((step, self._knn(method.student)))
 
         seconds = fit(method, self.images, ratio, self.recipe, seed, after_step)
         scores = evaluate(method.student, *self.probe)
-        self._add(name, ratio, seed, scores, seconds=seconds, **losses)
-        progress.update(task, status=f"{progress.tasks[task].fields['status']}  kNN {scores.knn:.1%}")
+        self._add(name, ratio, seed, scores, seconds=seconds, curve=curve, **losses)
+        progress.update(task, status=f"kNN {scores.knn:.1%} linear {scores.linear:.1%}")
         if not self.console.is_terminal:
             self.console.print(
                 f"{name} at {100 * ratio:g} %, seed {seed}: kNN {scores.knn:.1%}, linear {scores.linear:.1%}, {seconds:.1f} s"
             )
         if len(self.seeds) > 1:
             progress.remove_task(task)
-        if seed == self.seeds[0]:
-            self.students[name, ratio] = method.student.eval()
-            self.curves[name, ratio] = [*curve, (self.config.steps, scores.knn)]
+        if name == "DMAE" and seed == self.seeds[0]:
+            self._keep(method.student.eval(), ratio)
 
     def _knn(self, model: VisionTransformer) -> float:
-        train, test = self.probe
+        train, test = self.curve_probe
         return knn_accuracy(features(model, train.images), train.labels, features(model, test.images), test.labels)
 
     def _progress(self) -> Progress:
@@ -258,7 +257,7 @@ class Demo:
 
     def _report(self) -> None:
         tables = [self._main_table()]
-        if self.config.full:
+        if self.option_ratios:
             tables.append(self._options_table())
         for table in tables:
             self.console.print(table.rich())
@@ -269,43 +268,42 @@ class Demo:
         if self.config.markdown:
             report.write_between_markers(self.config.markdown, markdown)
         self._figures()
-        self._export()
 
     def _main_table(self) -> report.Table:
-        rows = [self._cells("untrained student", "untrained", None, None)]
+        rows = [("", "untrained student", *self._cells("untrained"))]
         for ratio in self.ratios:
             rows.append(())
             for name in METHODS:
-                rows.append(self._cells(f"{100 * ratio:g} % masked: {name}", name, ratio, "MAE" if name != "MAE" else None))
-        rows += [(), self._cells("teacher", "teacher", None, None)]
-        columns = ("", "kNN, %", "DMAE − MAE", "linear, %", "DMAE − MAE", "training, s")
-        return report.Table(f"Held-out accuracy of the features ({self._seeds_text(self.seeds)})", columns, rows)
+                cells = self._cells(name, ratio, baseline="MAE" if name != "MAE" else None)
+                rows.append((f"{100 * ratio:g} %", name, *cells))
+        rows += [(), ("", "teacher", *self._cells("teacher"))]
+        return report.Table("DMAE beside plain MAE: held-out accuracy, %", self._columns("− MAE"), rows)
 
     def _options_table(self) -> report.Table:
         rows, seeds = [], self.seeds[:3]
-        for ratio in (0.75, 0.95):
+        for ratio in self.option_ratios:
             rows += [()] if rows else []
             for name in ("DMAE", *OPTIONS):
-                label = f"{100 * ratio:g} % masked: {'DMAE, exact' if name == 'DMAE' else name}"
-                rows.append(self._cells(label, name, ratio, "DMAE" if name != "DMAE" else None, seeds))
-        columns = ("", "kNN, %", "− exact", "linear, %", "− exact", "training, s")
-        return report.Table(f"Inexact options ({self._seeds_text(seeds)})", columns, rows)
+                cells = self._cells(name, ratio, baseline="DMAE" if name != "DMAE" else None, seeds=seeds)
+                rows.append((f"{100 * ratio:g} %", "exact" if name == "DMAE" else name, *cells))
+        return report.Table(
+            f"Inexact options of DMAE, {len(seeds)} seeds: held-out accuracy, %", self._columns("− exact"), rows
+        )
+
+    @staticmethod
+    def _columns(difference: str) -> tuple[str, ...]:
+        return ("masked", "", "kNN", difference, "linear", difference, "training, s")
 
     def _cells(
-        self, label: str, name: str, ratio: float | None, baseline: str | None, seeds: tuple[int, ...] | None = None
-    ) -> tuple[str, ...]:
-        cells = [label]
+        self, name: str, ratio: float | None = None, baseline: str | None = None, seeds: tuple[int, ...] | None = None
+    ) -> list[str]:
+        cells = []
         for column in ("knn", "linear"):
             values = self._values(column, name, ratio, seeds)
             cells.append(report.spread(values))
             cells.append(report.difference(values, self._values(column, baseline, ratio, seeds)) if baseline else "")
         seconds = self._values("seconds", name, ratio, seeds) if ratio else []
-        return (*cells, f"{report.interval(seconds).mean:.1f}" if seconds else "")
-
-    def _seeds_text(self, seeds: tuple[int, ...]) -> str:
-        if len(seeds) == 1:
-            return f"seed {seeds[0]}"
-        return f"mean ± deviation of {len(seeds)} seeds; mean paired difference with 95 % t-interval"
+        return [*cells, f"{report.interval(seconds).mean:.1f}" if seconds else ""]
 
     def _notes(self) -> list[str]:
         train, test = self.probe
@@ -314,67 +312,61 @@ class Demo:
             f"{visible_ratio(teacher.num_patches, ratio)[0]} at {100 * ratio:g} %" for ratio in self.ratios
         )
         config = self.config
+        seeds = f"Seed {self.seeds[0]}."
+        if len(self.seeds) > 1:
+            seeds = (
+                f"Mean ± standard deviation of seeds {', '.join(map(str, self.seeds))}; differences are paired by seed, "
+                "± half of their 95 % t-interval."
+            )
         return [
             f"Student: {student.embed_dim} wide, {student.depth} blocks, block {_three_quarters(student.depth)} aligned "
             f"with block {_three_quarters(teacher.depth)} of the teacher ({teacher.embed_dim} wide, {teacher.depth} "
             f"blocks). {config.steps} steps of {config.batch_size} pictures from {len(self.train.labels):,}, AdamW, peak "
             f"learning rate {config.lr:g}, alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}.",
             "kNN: 10 neighbours by cosine; linear: logistic regression on standardised features; both on the mean of the "
-            f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures.",
+            f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures. " + seeds,
         ]
 
     def _figures(self) -> None:
-        from fastkd.train.plots import reconstruction
-
+        probes = (("kNN", "knn"), ("linear probe", "linear"))
         scores = {
-            title: {
-                f"{100 * ratio:g} %": {name: self._values(column, name, ratio) for name in METHODS}
-                for ratio in self.ratios
-            }
-            for title, column in (("kNN", "knn"), ("linear probe", "linear"))
+            title: {f"{100 * ratio:g} %": {name: self._values(column, name, ratio) for name in METHODS} for ratio in self.ratios}
+            for title, column in probes
         }
         levels = {
-            title: {name: self._values(column, name) for name in ("untrained", "teacher")}
-            for title, column in (("kNN", "knn"), ("linear probe", "linear"))
+            title: {name: self._values(column, name) for name in ("untrained", "teacher")} for title, column in probes
         }
         report.scores_figure(scores, levels, self.out / "scores.png")
-        written = ["scores.png"]
-        if self.curves and not self.config.full:
-            start = self._values("knn", "untrained")[0]
-            report.curves_figure(
-                {key: [(0, start), *points] for key, points in self.curves.items()},
-                self._values("knn", "teacher")[0], self.out / "curves.png",
-            )  # fmt: skip
-            written.append("curves.png")
-        shown = self.test.balanced(1, seed=1).images[:8].to(self.device)
-        for (name, ratio), student in self.students.items():
-            if name == "DMAE":
-                file = f"reconstruction_{100 * ratio:g}.png"
-                reconstruction(student, shown, ratio, self.out / file)
-                written.append(file)
-        self.console.print(f"Figures in {self.out}: {', '.join(written)}", highlight=False)
+        start = (0, self._knn(self._student(self.seeds[0])))
+        curves = {
+            (row["name"], row["ratio"]): [start, *row["curve"]]
+            for row in self.rows
+            if row["name"] in METHODS and row["ratio"] in self.ratios and row["curve"]
+        }
+        report.curves_figure(curves, self._knn(self.teacher), self.out / "curves.png")
+        self.console.print(f"Figures: {', '.join(str(path) for path in sorted(self.out.glob('*.png')))}", highlight=False)
 
-    def _export(self) -> None:
-        """Writes the distilled students for timm and checks that timm reads them strictly, with equal features."""
+    def _keep(self, student: MaskedAutoencoderViT, ratio: float) -> None:
+        """Draws reconstructions, exports the student for timm and checks that timm reads it strictly, equal features."""
         import timm
 
         from fastkd.models.export import export_timm, timm_arguments
+        from fastkd.train.plots import reconstruction
 
-        for (name, ratio), student in self.students.items():
-            if name != "DMAE":
-                continue
-            path = self.out / f"student_dmae_{100 * ratio:g}_timm.safetensors"
-            export_timm(student, path)
-            model, arguments = timm_arguments(student)
-            loaded = timm.create_model(model, checkpoint_path=str(path), **arguments).eval().to(self.device)
-            chunk = self.test.images[:64].to(self.device)
-            mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (student.mean, student.std))
-            with torch.no_grad():
-                theirs = loaded((chunk.permute(0, 3, 1, 2).float() / 255 - mean) / std)
-            gap = (theirs.cpu() - features(student, chunk)).abs().max().item()
-            if gap > 1e-4:
-                raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the trained student's")
-            self.console.print(f"{path}: timm loads it strictly; its features differ by at most {gap:.1g}", highlight=False)
+        shown = self.test.balanced(1, seed=1).images[:8].to(self.device)
+        reconstruction(student, shown, ratio, self.out / f"reconstruction_{100 * ratio:g}.png")
+        path = self.out / f"student_{100 * ratio:g}_timm.safetensors"
+        export_timm(student, path)
+        name, arguments = timm_arguments(student)
+        loaded = timm.create_model(name, checkpoint_path=str(path), **arguments).eval().to(self.device)
+        some = self.test.images[:64].to(self.device)
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (student.mean, student.std))
+        with torch.no_grad():
+            theirs = loaded((some.permute(0, 3, 1, 2).float() / 255 - mean) / std).cpu()
+        gap = (theirs - features(student, some)).abs().max().item()
+        if gap > 1e-4:
+            raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the student's")
+        self.console.print(f"{path}: timm loads it strictly, features differ by {gap:.0e} at most", highlight=False)
 
 
 def _three_quarters(depth: int) -> int:

@@ -35,13 +35,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(values: Sequence[float], baseline: Sequence[float]) -> str:
-    """Mean of the paired differences in percentage points, with its 95 % t-interval where there are several pairs."""
+    """Mean of the paired differences in percentage points, ± half of its 95 % t-interval of several pairs."""
     stats = interval([a - b for a, b in zip(values, baseline, strict=True)])
-    text = f"{100 * stats.mean:+.1f}"
-    if not math.isnan(stats.half_width):
-        low, high = (100 * (stats.mean + sign * stats.half_width) for sign in (-1, 1))
-        text += f" [{low:+.1f}, {high:+.1f}]"
-    return text
+    return f"{100 * stats.mean:+.1f}" + ("" if math.isnan(stats.half_width) else f" ± {100 * stats.half_width:.1f}")
 
 
 class Table(NamedTuple):
@@ -49,7 +45,7 @@ class Table(NamedTuple):
 
     Attributes:
         title: one line above it.
-        columns: headings; the first column is text, the others numbers.
+        columns: headings; the first two columns are text, the others numbers.
         rows: cells; an empty row is a rule.
     """
 
@@ -64,7 +60,7 @@ class Table(NamedTuple):
 
         table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            table.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
         for row in self.rows:
             if row:
                 table.add_row(*row)
@@ -74,7 +70,7 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table as GitHub Markdown, its title as bold text above."""
-        lines = [f"| {' | '.join(self.columns)} |", "|---" + "|---:" * (len(self.columns) - 1) + "|"]
+        lines = [f"| {' | '.join(self.columns)} |", "|---|---" + "|---:" * (len(self.columns) - 2) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows if row]
         return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
 
@@ -116,7 +112,7 @@ def scores_figure(
             errors = [100 * s.deviation for s in stats] if not math.isnan(stats[0].deviation) else None
             bars = axis.bar(places, [100 * s.mean for s in stats], 0.93 * width, color=COLORS[method], label=method,
                             yerr=errors, capsize=3)  # fmt: skip
-            axis.bar_label(bars, fmt="%.1f", label_type="edge", padding=2, fontsize=8)
+            axis.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
         means = [interval(v).mean for by_method in ratios.values() for v in by_method.values()]
         for name, values in levels[probe].items():
             level = interval(values).mean
@@ -124,7 +120,8 @@ def scores_figure(
             axis.axhline(100 * level, linewidth=1.4, zorder=0.5, label=f"{name} {100 * level:.1f}", **LINES[name])
         axis.set_xticks(range(len(ratios)), list(ratios))
         bottom, top = 100 * min(means), 100 * max(means)
-        axis.set_ylim(max(0, bottom - 0.6 * (top - bottom)), top + 0.15 * (top - bottom))
+        room = max(top - bottom, 4)
+        axis.set_ylim(max(0, bottom - 0.6 * room), top + 0.15 * room)
         axis.set(title=probe, xlabel="masked", ylabel="held-out accuracy, %")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False,
