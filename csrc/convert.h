@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -26,12 +26,19 @@ inline void convert_row(const From* x, int64_t n, To* y) {
 // Round to nearest even; NaN stays NaN.
 inline void convert_row(const float* x, int64_t n, BFloat16* y) {
   uint16_t* bits = reinterpret_cast<uint16_t*>(y);
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    std::memcpy(bits + i, &rounded, sizeof(rounded));
+  }
+#endif
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t k = i; k < n; ++k) {
     uint32_t u;
-    std::memcpy(&u, x + i, 4);
+    std::memcpy(&u, x + k, 4);
     const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
-    bits[i] = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+    bits[k] = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
   }
 }
 

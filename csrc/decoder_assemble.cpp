@@ -18,7 +18,20 @@ void decoder_assemble(const Tensor& tokens, const Tensor& fill, const std::optio
         using F = typename decltype(fill_type)::type;
         using P = typename decltype(position)::type;
         const P* table = pos_embed ? data<P>(*pos_embed) : nullptr;
-        const F* filling = data<F>(fill);
+        // Fill plus position is the same row for every image: computed once, then copied.
+        const int64_t rows = table ? patches : fill_rows;
+        const F* bare = data<F>(fill);
+        const bool as_it_is = !table && std::is_same_v<F, T>;
+        std::vector<T> sums(as_it_is ? 0 : rows * width);
+        const T* filled = as_it_is ? reinterpret_cast<const T*>(bare) : sums.data();
+        parallel(as_it_is ? 0 : rows, 16384 / width + 1, [&](int64_t begin, int64_t end) {
+          std::vector<A> line(width);
+          for (int64_t l = begin; l < end; ++l) {
+            convert_row(bare + (fill_rows > 1 ? l * width : 0), width, line.data());
+            if (table) add_row(table + (num_prefix + l) * width, width, line.data());
+            convert_row(line.data(), width, sums.data() + l * width);
+          }
+        });
         const At<T> token(tokens);
         const At<int64_t> place(ids);
         T* y = mutable_data<T>(out);
@@ -28,11 +41,12 @@ void decoder_assemble(const Tensor& tokens, const Tensor& fill, const std::optio
             const int64_t b = row / total, i = row % total, j = i - num_prefix, id = j < 0 ? 0 : *place(b, j);
             STD_TORCH_CHECK(id >= 0 && id < patches, "fastkd ", op, ": patch id ", id, " outside [0, ", patches, ")");
             T* to = y + row * width;
+            if (i >= given) {
+              std::copy_n(filled + (rows > 1 ? id * width : 0), width, to);
+              continue;
+            }
             A* line = line_for(to, scratch);
-            if (i < given)
-              convert_row(token(b, i), width, line);
-            else
-              convert_row(filling + (fill_rows > 1 ? id * width : 0), width, line);
+            convert_row(token(b, i), width, line);
             if (table) add_row(table + (j < 0 ? i : num_prefix + id) * width, width, line);
             convert_row(line, width, to);
           }

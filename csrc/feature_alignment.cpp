@@ -9,18 +9,6 @@ namespace {
 
 constexpr const char* kAlignOp = "feature_alignment_loss";
 
-// Calls f(std::integral_constant<int, kind>{}).
-template <class F>
-void for_align_loss(int64_t kind, F&& f) {
-  switch (kind) {
-    case kL1: return f(std::integral_constant<int, kL1>{});
-    case kL2: return f(std::integral_constant<int, kL2>{});
-    case kSmoothL1: return f(std::integral_constant<int, kSmoothL1>{});
-    case kCosine: return f(std::integral_constant<int, kCosine>{});
-    default: STD_TORCH_CHECK(false, "fastkd ", kAlignOp, ": unknown loss ", kind);
-  }
-}
-
 template <class A>
 struct AlignRow {
   const A *u, *v;  // the rows to compare
@@ -83,7 +71,7 @@ void align_dispatch(const Tensor& student, const Tensor& teacher, int64_t kind, 
   FASTKD_CHECK(student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1) &&
                    student.size(2) == teacher.size(2),
                "feature_alignment_loss", "student and teacher must have one shape");
-  for_align_loss(kind, [&](auto k) {
+  for_kind(static_cast<int>(kind), [&](auto k) {
     if (student.scalar_type() == ScalarType::Double) {
       f(k, Type<double>{});
     } else {
@@ -106,7 +94,7 @@ void feature_alignment_loss(const Tensor& student, const Tensor& teacher, int64_
       std::vector<A> scratch(2 * n);
       for (int64_t row = begin; row < end; ++row) {
         const AlignRow<A> x(s, t, row, normalize, scratch.data());
-        partial[row] = align.template finish<k>(align_sum<k>(align, x.u, x.v, n));
+        partial[row] = align.finish(k, align_sum<k>(align, x.u, x.v, n));
       }
     });
     // Summed in row order: the same bits for any number of threads.

@@ -13,11 +13,17 @@
 #include "decoder_assemble.cpp"
 #include "feature_alignment.cpp"
 #include "attention.cpp"
+#include "column_sum.cpp"
+#include "gelu.cpp"
+#include "residual_layer_norm.cpp"
 #endif
 
 namespace fastkd {
 
-#ifdef FASTKD_CUDA
+#if defined(FASTKD_EMULATE_CUDA)  // the CUDA library on CPU tensors: tests/test_cuda_emulation.py
+#define FASTKD_LIBRARY fastkd_emulated
+#define FASTKD_DEVICE CPU
+#elif defined(FASTKD_CUDA)
 #define FASTKD_LIBRARY fastkd_cuda
 #define FASTKD_DEVICE CUDA
 #else
@@ -46,6 +52,13 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention(Tensor query, Tensor key_value, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor out, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
+  m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_backward(Tensor grad_out, Tensor x, Tensor(a!) grad_x) -> ()");
+  m.def("residual_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, Tensor(a!) total, "
+        "Tensor(b!) stats, Tensor(c!) normed) -> ()");
+  m.def("residual_layer_norm_backward(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, "
+        "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
 #endif
 }
 
@@ -63,6 +76,11 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("decoder_assemble_backward", TORCH_BOX(&decoder_assemble_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("gelu", TORCH_BOX(&gelu));
+  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
+  m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
 #endif
 }
 

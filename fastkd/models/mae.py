@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ops
+from fastkd.ops.blocks.linear import Linear
 
 from .positions import resize_table, sincos_table
-from .vit import Block, VisionTransformer, _init_linear
+from .vit import Block, VisionTransformer, _init_linear, layer_norm
 
 # name: (embed_dim, depth, num_heads)
 SIZES = {
@@ -54,7 +55,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             raise ValueError(f"decoder: got {decoder!r}, expected 'self' or 'cross'")
         self.norm_pix_loss, self.decoder = norm_pix_loss, decoder
         self.decoder_num_heads = decoder_num_heads
-        self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         table = sincos_table(decoder_embed_dim, self.grid, self.num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(table.to(torch.get_default_dtype())[None], requires_grad=False)
@@ -64,7 +65,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=self.norm_eps)
         pixels = self.patch_size[0] * self.patch_size[1] * self.in_chans
-        self.decoder_pred = nn.Linear(decoder_embed_dim, pixels)
+        self.decoder_pred = Linear(decoder_embed_dim, pixels)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(_init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -106,26 +107,28 @@ class MaskedAutoencoderViT(VisionTransformer):
         if share_first_block is None:
             masked_rows = x.shape[0] * (x.shape[1] - visible)
             share_first_block = len(self.decoder_blocks) > 1 and masked_rows >= 2 * self.num_patches
+        delta = None
         for index, block in enumerate(self.decoder_blocks):
             last = index == len(self.decoder_blocks) - 1
             if index == 0 and share_first_block and not last:
-                x = block.from_qkv(x, self._shared_qkv(block, x[:, :visible], ids))
+                x, delta = block.from_qkv(x, self._shared_qkv(block, x[:, :visible], ids))
             else:
-                x = block(x, first_query=first if last else 0)
+                x, delta = block(x, delta, first_query=first if last else 0)
         x = x if self.decoder_blocks else x[:, first:]
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
 
     def _shared_qkv(self, block: Block, visible: Tensor, ids: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
         masked = (self.mask_token[0] + self.decoder_pos_embed[0, prefix:]).to(visible.dtype)  # [L, Dd]
-        rows = block.attn.qkv(block.norm1(visible))
-        table = block.attn.qkv(block.norm1(masked))
+        rows = block.attn.qkv(layer_norm(block.norm1, visible)[1])
+        table = block.attn.qkv(layer_norm(block.norm1, masked[None])[1])[0]
         return ops.decoder_assemble(rows, table, None, ids, prefix)
 
     def _decode_cross(self, visible: Tensor, x: Tensor) -> Tensor:
+        delta = None
         for block in self.decoder_blocks:
-            x = block.cross(x, visible)
-        return self.decoder_pred(self.decoder_norm(x))
+            x, delta = block.cross(x, delta, visible)
+        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
 
 
 def mae_vit(

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import ops
+from fastkd.ops.blocks.linear import Linear
 
 from .positions import resize_table, sincos_table
 
@@ -49,8 +49,8 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"Attention: num_heads: got {num_heads}, expected a divisor of the width {dim}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """x [B, T, D] -> [B, T - first_query, D]."""
@@ -66,19 +66,19 @@ class Attention(nn.Module):
         """Queries from x [B, Tq, D], keys and values from context [B, Tk, D] -> [B, Tq, D]."""
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        query = F.linear(x, weight[:dim], None if bias is None else bias[:dim])
-        key_value = F.linear(context, weight[dim:], None if bias is None else bias[dim:])
+        query = ops.linear(x, weight[:dim], None if bias is None else bias[:dim])
+        key_value = ops.linear(context, weight[dim:], None if bias is None else bias[dim:])
         return self.proj(ops.attention(key_value, self.num_heads, query))
 
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(ops.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -105,21 +105,38 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
-        """x [B, T, D] -> [B, T - first_query, D]; the tokens before first_query are keys and values only."""
-        return self._finish(x[:, first_query:], self.attn(self.norm1(x), first_query))
+    def forward(self, x: Tensor, delta: Tensor | None = None, first_query: int = 0) -> tuple[Tensor, Tensor]:
+        """One block on a residual stream whose last addition is still open.
 
-    def from_qkv(self, x: Tensor, qkv: Tensor) -> Tensor:
+        Args:
+            x: [B, T, D] residual stream.
+            delta: [B, T, D] that the previous block adds to x, or None. Leaving the addition open lets it run in
+                the same pass as the next LayerNorm.
+            first_query: tokens before this one serve as keys and values only.
+
+        Returns:
+            (x, delta) of this block, [B, T - first_query, D] each; its output is x + delta.
+        """
+        x, h = layer_norm(self.norm1, x, delta)
+        return self._finish(x[:, first_query:], self.attn(h, first_query))
+
+    def from_qkv(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The block where norm1 and the qkv projection [B, T, 3 D] are already done."""
         return self._finish(x, self.attn.attend(qkv))
 
-    def cross(self, x: Tensor, context: Tensor) -> Tensor:
-        """The block with keys and values from context [B, Tk, D] instead of x [B, Tq, D]."""
-        return self._finish(x, self.attn.cross(self.norm1(x), self.norm1(context)))
+    def cross(self, x: Tensor, delta: Tensor | None, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The block with keys and values from context [B, Tk, D] instead of x + delta [B, Tq, D]."""
+        x, h = layer_norm(self.norm1, x, delta)
+        return self._finish(x, self.attn.cross(h, layer_norm(self.norm1, context)[1]))
 
-    def _finish(self, x: Tensor, attention: Tensor) -> Tensor:
-        x = x + self.ls1(attention)
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def _finish(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        x, h = layer_norm(self.norm2, x, self.ls1(attention))
+        return x, self.ls2(self.mlp(h))
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(x + delta, its LayerNorm), one pass over x."""
+    return ops.residual_layer_norm(x, delta, norm.weight, norm.bias, norm.eps)
 
 
 class VisionTransformer(nn.Module):
@@ -265,12 +282,15 @@ class VisionTransformer(nn.Module):
             `Features`; `tokens` are after the final norm (raw where `depth` stops before it).
         """
         x = self.embed(images, ids_keep, mean, std)
-        wanted: dict[int, Tensor] = {}
+        delta, wanted = None, {}
         for index, block in enumerate(self.blocks[:depth]):
-            x = block(x)
+            x, delta = block(x, delta)
             if index in taps:
+                x, delta = x + delta, None
                 wanted[index] = x
-        return Features(self.norm(x) if depth is None else x, wanted)
+        if depth is None and isinstance(self.norm, nn.LayerNorm):
+            return Features(layer_norm(self.norm, x, delta)[1], wanted)
+        return Features(x if delta is None else x + delta, wanted)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -3,6 +3,9 @@
 from ._dispatch import BACKENDS, backend
 from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
+from .blocks.gelu import gelu
+from .blocks.linear import column_sum, linear
+from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
@@ -17,11 +20,15 @@ __all__ = [
     "SPECS",
     "attention",
     "backend",
+    "column_sum",
     "decoder_assemble",
     "feature_alignment_loss",
+    "gelu",
+    "linear",
     "masked_pixel_loss",
     "patchify",
     "random_masking",
+    "residual_layer_norm",
     "unpatchify",
     "visible_patch_embed",
 ]

@@ -50,8 +50,9 @@ def _fill_backward(grad_out, ids, given, num_prefix, grad_fill) -> None:
     grad_fill.copy_(total.index_put((rows,), grad, accumulate=True))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.masked.decoder_assemble_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 def _unit_stride(t: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ def _cpp_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_pr
     torch.mm(grad.t(), rows, out=grad_weight.flatten(1))
 
 
-forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_cpp_backward)
+_TRITON = "fastkd.ops.masked.visible_patch_embed_triton"
+forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_cpp_backward, triton=f"{_TRITON}:backward")
 
 
 def _empty_out(ids: Tensor, weight: Tensor, prefix: Tensor | None) -> Tensor:

@@ -1,0 +1,161 @@
+// Residual addition + LayerNorm, rows in registers and L1: the residual stream is read once and written once.
+#include "token_rows.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kChunk = 32;  // rows that share one partial sum of weight gradients, for any number of threads
+
+template <class X, class Delta, class Out>
+void norm_forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, const Tensor& bias,
+                  double eps, const Tensor& total, const Tensor& stats, const Tensor& normed) {
+  using A = Accumulate<X>;
+  const int64_t tokens = x.size(1), rows = x.size(0) * tokens, dim = x.size(2);
+  const At<X> from(x);
+  const At<Delta> step(delta ? *delta : x);
+  X* sums = delta ? mutable_data<X>(total) : nullptr;
+  A* statistics = mutable_data<A>(stats);
+  Out* result = mutable_data<Out>(normed);
+  const A *w = data<A>(weight), *b = data<A>(bias);
+  parallel(rows, 8192 / dim + 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> line(dim);
+    A* t = line.data();
+    for (int64_t row = begin; row < end; ++row) {
+      const X* in = from(row / tokens, row % tokens);
+      if (sums) {
+        const Delta* add = step(row / tokens, row % tokens);
+        X* sum = sums + row * dim;
+#pragma omp simd
+        for (int64_t j = 0; j < dim; ++j) {
+          const X value = static_cast<X>(static_cast<A>(in[j]) + static_cast<A>(add[j]));
+          sum[j] = value;
+          t[j] = static_cast<A>(value);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < dim; ++j) t[j] = static_cast<A>(in[j]);
+      }
+      A mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+      for (int64_t j = 0; j < dim; ++j) mean += t[j];
+      mean /= dim;
+#pragma omp simd reduction(+ : square)
+      for (int64_t j = 0; j < dim; ++j) square += (t[j] - mean) * (t[j] - mean);
+      const A scale = 1 / std::sqrt(square / dim + A(eps));
+      statistics[2 * row] = mean;
+      statistics[2 * row + 1] = scale;
+      Out* out = result + row * dim;
+#pragma omp simd
+      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<Out>((t[j] - mean) * scale * w[j] + b[j]);
+    }
+  });
+}
+
+template <class X, class Delta, class G>
+void norm_backward(const std::optional<Tensor>& grad_total, const Tensor& grad_normed, const Tensor& total,
+                   const Tensor& weight, const Tensor& stats, const Tensor& grad_weight, const Tensor& grad_bias,
+                   const std::optional<Tensor>& grad_delta, const Tensor& grad_x) {
+  using A = Accumulate<X>;
+  const int64_t tokens = total.size(1), rows = total.size(0) * tokens, dim = total.size(2);
+  const int64_t chunks = (rows + kChunk - 1) / kChunk;
+  const At<X> from(total), through(grad_total ? *grad_total : total);
+  const At<G> upstream(grad_normed);
+  const bool has_through = grad_total.has_value();
+  X* gradient = mutable_data<X>(grad_x);
+  Delta* gradient_delta = grad_delta ? mutable_data<Delta>(*grad_delta) : nullptr;
+  const A *w = data<A>(weight), *statistics = data<A>(stats);
+  std::vector<A> partial(chunks * 2 * dim, A(0));
+  parallel(chunks, 8192 / (dim * kChunk) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(2 * dim);
+    A *h = scratch.data(), *y = h + dim;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      A *dw = partial.data() + chunk * 2 * dim, *db = dw + dim;
+      for (int64_t row = chunk * kChunk; row < std::min(rows, (chunk + 1) * kChunk); ++row) {
+        const X* t = from(row / tokens, row % tokens);
+        const G* g = upstream(row / tokens, row % tokens);
+        const A mean = statistics[2 * row], scale = statistics[2 * row + 1];
+        A sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+        for (int64_t j = 0; j < dim; ++j) {
+          const A u = static_cast<A>(g[j]);
+          h[j] = (static_cast<A>(t[j]) - mean) * scale;
+          y[j] = u * w[j];
+          sum += y[j];
+          dot += y[j] * h[j];
+          dw[j] += u * h[j];
+          db[j] += u;
+        }
+        sum /= dim;
+        dot /= dim;
+        X* dx = gradient + row * dim;
+        const X* pass = has_through ? through(row / tokens, row % tokens) : nullptr;
+#pragma omp simd
+        for (int64_t j = 0; j < dim; ++j) y[j] = scale * (y[j] - sum - h[j] * dot);
+        if (pass)
+#pragma omp simd
+          for (int64_t j = 0; j < dim; ++j) y[j] += static_cast<A>(pass[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < dim; ++j) dx[j] = static_cast<X>(y[j]);
+        if (gradient_delta) {
+          Delta* dd = gradient_delta + row * dim;
+#pragma omp simd
+          for (int64_t j = 0; j < dim; ++j) dd[j] = static_cast<Delta>(y[j]);
+        }
+      }
+    }
+  });
+  A *dw = mutable_data<A>(grad_weight), *db = mutable_data<A>(grad_bias);
+  std::fill_n(dw, dim, A(0));
+  std::fill_n(db, dim, A(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t j = 0; j < dim; ++j) {
+      dw[j] += partial[chunk * 2 * dim + j];
+      db[j] += partial[chunk * 2 * dim + dim + j];
+    }
+}
+
+// The dtypes that occur: residual X, and a compute dtype for delta and the result that is X or narrower.
+template <class F>
+void for_norm_types(const Tensor& x, ScalarType compute, const char* op, const F& f) {
+  for_float(x.scalar_type(), op, [&](auto type) {
+    using X = typename decltype(type)::type;
+    if (compute == x.scalar_type()) return f(type, type);
+    if constexpr (std::is_same_v<X, float>) {
+      if (compute == ScalarType::BFloat16) return f(type, Type<BFloat16>{});
+      if (compute == ScalarType::Half) return f(type, Type<Half>{});
+    }
+    STD_TORCH_CHECK(false, "fastkd ", op, ": the residual stream must be float32 or have the compute dtype");
+  });
+}
+
+}  // namespace
+
+void residual_layer_norm(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, const Tensor& bias,
+                         double eps, const Tensor& total, const Tensor& stats, const Tensor& normed) {
+  const auto compute = normed.scalar_type();
+  FASTKD_CHECK(!delta || delta->scalar_type() == compute || delta->scalar_type() == x.scalar_type(),
+               "residual_layer_norm", "delta must have the dtype of x or of the result");
+  for_norm_types(x, compute, "residual_layer_norm", [&](auto residual, auto result) {
+    using X = typename decltype(residual)::type;
+    using Out = typename decltype(result)::type;
+    if (delta && delta->scalar_type() != compute)
+      norm_forward<X, X, Out>(x, delta, weight, bias, eps, total, stats, normed);
+    else
+      norm_forward<X, Out, Out>(x, delta, weight, bias, eps, total, stats, normed);
+  });
+}
+
+void residual_layer_norm_backward(const std::optional<Tensor>& grad_total, const Tensor& grad_normed,
+                                  const Tensor& total, const Tensor& weight, const Tensor& stats,
+                                  const Tensor& grad_weight, const Tensor& grad_bias,
+                                  const std::optional<Tensor>& grad_delta, const Tensor& grad_x) {
+  for_norm_types(total, grad_normed.scalar_type(), "residual_layer_norm_backward", [&](auto residual, auto result) {
+    using X = typename decltype(residual)::type;
+    using G = typename decltype(result)::type;
+    FASTKD_CHECK(!grad_delta || grad_delta->scalar_type() == grad_normed.scalar_type(), "residual_layer_norm_backward",
+                 "delta must have the dtype of x or of the result");
+    norm_backward<X, G, G>(grad_total, grad_normed, total, weight, stats, grad_weight, grad_bias, grad_delta, grad_x);
+  });
+}
+
+}  // namespace fastkd
