@@ -1,4 +1,4 @@
-"""Hypothesis over every OpSpec's space: odd shapes, strides, dtypes and extreme values, on every backend that runs here.
+"""Hypothesis over every OpSpec's space: odd shapes, strides, dtypes and extreme values, on every backend here.
 
 Deterministic; FASTKD_FUZZ_EXAMPLES sets the examples per op and backend (default 25, fewer in the interpreter).
 """
