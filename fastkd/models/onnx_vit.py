@@ -49,7 +49,9 @@ def read_onnx(path: str | Path, **hints) -> Weights:
         import onnx.numpy_helper
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ModuleNotFoundError(f"{path}: got no package onnx, expected it installed; run: pip install onnx") from error
+        raise ModuleNotFoundError(
+            f"{path}: got no package onnx, expected it installed; run: pip install onnx"
+        ) from error
     try:
         # External tensors would be read from paths that the file names.
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -59,7 +61,9 @@ def read_onnx(path: str | Path, **hints) -> Weights:
     tensors = {t.name: t for t in graph.initializer}
     prefix = next((n.removesuffix(HF_PATCH_WEIGHT) for n in tensors if n.endswith(HF_PATCH_WEIGHT)), None)
     if prefix is None:
-        raise ValueError(f"checkpoint: got {path} without a tensor {HF_PATCH_WEIGHT}, expected an exported ViT or DINOv2")
+        raise ValueError(
+            f"checkpoint: got {path} without a tensor {HF_PATCH_WEIGHT}, expected an exported ViT or DINOv2"
+        )
 
     def value(name: str) -> Tensor:
         if tensors[name].data_location == onnx.TensorProto.EXTERNAL:

@@ -33,7 +33,9 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
 
 def encoder(model: VisionTransformer, depth: int | None = None) -> VisionTransformer:
     """The encoder alone, up to `depth` blocks (then without the final norm); it shares the storage of `model`."""
-    config = {name: value for name, value in describe(model).items() if "decoder" not in name and name != "norm_pix_loss"}
+    config = {
+        name: value for name, value in describe(model).items() if "decoder" not in name and name != "norm_pix_loss"
+    }
     final_norm = config.pop("final_norm")
     with torch.device("meta"):
         result = VisionTransformer(**config, residual_dtype=model.residual_dtype)

@@ -45,7 +45,8 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
-        vit = load_vit(source, img_size=img_size, num_heads=num_heads)
+        # An MAE decoder is dropped in any case, so its heads need not be known.
+        vit = load_vit(source, img_size=img_size, num_heads=num_heads, decoder_num_heads=1)
         if not self.blocks or not all(0 <= index < vit.depth for index in self.blocks):
             raise ValueError(
                 f"Teacher: blocks: got {self.blocks}, expected indices from 0 to {vit.depth - 1}: the model has "
@@ -55,7 +56,9 @@ class Teacher(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             if values is not None:
                 if len(values) != vit.in_chans:
-                    raise ValueError(f"Teacher: {name}: got {len(values)} values, expected {vit.in_chans}, one a channel")
+                    raise ValueError(
+                        f"Teacher: {name}: got {len(values)} values, expected {vit.in_chans}, one a channel"
+                    )
                 setattr(vit, name, tuple(map(float, values)))
         self.__dict__["vit"] = vit if dtype is None else vit.to(dtype)
         super().train(False)
