@@ -98,9 +98,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         visible = tokens.shape[1]
         tokens = self.decoder_embed(tokens)
         positions = self.decoder_pos_embed[0]
-        # The assembled sequence takes the residual dtype of the encoder.
-        tokens = tokens if self.residual_dtype is None else tokens.to(self.residual_dtype)
-        x = ops.decoder_assemble(tokens, self.mask_token[0], positions, ids, self.num_prefix_tokens)
+        x = ops.decoder_assemble(self.residual(tokens), self.mask_token[0], positions, ids, self.num_prefix_tokens)
         first = self.num_prefix_tokens if predict_visible else visible  # first token that is predicted
         if self.decoder == "cross":
             return self._decode_cross(x[:, :visible], x[:, first:])

@@ -144,9 +144,9 @@ def residual_layer_norm(
     Args:
         x: [B, T, D] residual stream.
         delta: [B, T, D] what is added to it, any floating dtype, or None.
-        weight, bias: [D], of the dtype in which statistics are computed (float32, or float64).
+        weight, bias: [D]; computed with in float32 (float64).
         eps: added to the variance.
-        dtype: dtype of the normalised result; default: the autocast dtype where autocast is on, else that of x.
+        dtype: dtype of the normalised result; default: the autocast dtype where autocast is on, else that of weight.
 
     Returns:
         (x + delta [B, T, D] in the dtype of x, normalised [B, T, D]).
@@ -162,7 +162,7 @@ def residual_layer_norm(
         _check.check_shape(OP, name, value, (x.shape[-1],), "(D,)")
     if dtype is None:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     wide = _wide(x.dtype)
     if x.device.type != "cpu" and forced_backend() is None:
         total = x if delta is None else x + delta.to(x.dtype)
@@ -176,7 +176,7 @@ def _reference(x, delta, weight, bias, eps=1e-6, dtype=None):
     total = x if delta is None else x + delta.to(x.dtype)
     wide = _wide(x.dtype)
     normed = F.layer_norm(total.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
-    return total, normed.to(dtype or x.dtype)
+    return total, normed.to(dtype or weight.dtype)
 
 
 def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
