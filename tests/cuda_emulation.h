@@ -1,0 +1,170 @@
+// Runs csrc/*.cu on the CPU: every CUDA thread is a fiber, and barriers and shuffles switch between them.
+// It checks the kernels' arithmetic, indexing and barriers; it says nothing about memory ordering or speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+struct Barrier {
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(256 << 10);
+  dim3 index;
+  bool done = false;
+  Barrier* waits = nullptr;
+  long generation = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> exchange;
+  Barrier all;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  const std::function<void()>* kernel = nullptr;
+};
+inline Block block;
+
+inline unsigned thread_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
+inline void wait(Barrier& barrier, int members) {
+  if (++barrier.arrived == members) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  Fiber* self = block.current;
+  self->waits = &barrier;
+  self->generation = barrier.generation;
+  swapcontext(&self->context, &block.scheduler);
+}
+
+inline void enter() {
+  (*block.kernel)();
+  block.current->done = true;
+}
+
+inline void run_block() {
+  const size_t count = block.fibers.size();
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& f = block.fibers[i];
+    f.done = false;
+    f.waits = nullptr;
+    f.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = &block.scheduler;
+    makecontext(&f.context, enter, 0);
+  }
+  for (size_t left = count; left > 0;) {
+    bool moved = false;
+    for (Fiber& f : block.fibers) {
+      if (f.done || (f.waits && f.waits->generation == f.generation)) continue;
+      moved = true;
+      f.waits = nullptr;
+      block.current = &f;
+      threadIdx = f.index;
+      swapcontext(&block.scheduler, &f.context);
+      left -= f.done;
+    }
+    if (!moved) {
+      std::fprintf(stderr, "cuda emulation: threads wait at a barrier that others never reach\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace emulation
+
+inline void emulate(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
+  using emulation::block;
+  const unsigned count = threads.x * threads.y * threads.z;
+  gridDim = grid;
+  blockDim = threads;
+  block.fibers.resize(count);
+  block.warps.assign((count + 31) / 32, {});
+  block.exchange.assign(block.warps.size() * 32, 0);
+  block.all = {};
+  block.kernel = &kernel;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        emulation::run_block();
+      }
+}
+
+inline void __syncthreads() { emulation::wait(emulation::block.all, emulation::block.fibers.size()); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  using namespace emulation;
+  const unsigned self = thread_number(), warp = self / 32;
+  const int members = std::min<int>(32, block.fibers.size() - warp * 32);
+  std::memcpy(&block.exchange[self], &value, sizeof value);
+  wait(block.warps[warp], members);
+  T result;
+  std::memcpy(&result, &block.exchange[self ^ lanes], sizeof result);
+  wait(block.warps[warp], members);
+  return result;
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float emulated_half_to_float(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return x;
+}
+inline uint16_t emulated_float_to_half(float value) {
+  const _Float16 x = value;
+  uint16_t bits;
+  std::memcpy(&bits, &x, 2);
+  return bits;
+}
+inline uint16_t emulated_float_to_bfloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if (value != value) return 0x7fc0;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
