@@ -1,0 +1,292 @@
+"""The ways to run a DMAE step that the benchmark compares, behind one interface, and the gate that they must pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from baselines import SIZES, Recipe, eager, released
+from common import DTYPES, seconds
+from stages import peak_bytes
+from torch import Tensor, nn
+
+LOSSES = ("pixel_loss", "align_loss")
+EXACT_MODES = ("released", "eager", "compiled", "exact")
+INEXACT_MODES = ("decode_25", "cross")  # decode_fraction=0.25; decoder="cross"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclasses.dataclass
+class Batch:
+    """The same pictures as uint8 NHWC (fastkd) and as normalised float32 NCHW (the peers), with one noise for all."""
+
+    raw: Tensor
+    floats: Tensor
+    noise: Tensor
+
+    @classmethod
+    def random(cls, recipe: Recipe, size: int, seed: int = 0, pin: bool = False) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        raw = torch.randint(0, 256, (size, recipe.image, recipe.image, recipe.channels), dtype=torch.uint8, generator=generator)
+        batch = cls(raw, normalise(raw, torch.float32), torch.rand(size, recipe.patches, generator=generator))
+        return Batch(*(t.pin_memory() for t in dataclasses.astuple(batch))) if pin else batch
+
+
+def normalise(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in IMAGENET)
+    return ((raw.double() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype).contiguous()
+
+
+class FastStep:
+    """A step as `fastkd distill` runs it, through fastkd's public names only."""
+
+    def __init__(
+        self, base: released.DMAE, dtype: torch.dtype, device: str, decode_fraction: float = 1.0, decoder: str = "self",
+        residual: torch.dtype | None = torch.float32,
+    ) -> None:  # fmt: skip
+        from fastkd.methods import DMAE
+        from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer
+        from fastkd.train.optimizer import adamw
+
+        recipe = base.recipe
+        sizes = [dict(zip(("embed_dim", "depth", "num_heads"), SIZES[name])) for name in (recipe.student, recipe.teacher)]
+        shape = dict(img_size=recipe.image, patch_size=recipe.patch, in_chans=recipe.channels)
+        student = MaskedAutoencoderViT(
+            **shape, **sizes[0], decoder_embed_dim=recipe.decoder_width, decoder_depth=recipe.decoder_blocks,
+            decoder_num_heads=recipe.decoder_heads, decoder=decoder, residual_dtype=residual,
+        )  # fmt: skip
+        student.load_state_dict(base.student.state_dict())
+        vit = VisionTransformer(**shape, **sizes[1])
+        vit.load_state_dict({k: v for k, v in base.teacher.state_dict().items() if k in vit.state_dict()})
+        teacher = Teacher(vit, recipe.teacher_tap, dtype=dtype if dtype.itemsize == 2 else None)
+        self.model = DMAE(
+            student, teacher, (recipe.student_tap,), (recipe.teacher_tap,), decode_fraction=decode_fraction
+        ).to(device)
+        self.model.aligned_feature_projection_heads[0].load_state_dict(base.projector.state_dict())
+        self.dtype, self.device = dtype, device
+        self.optimizer = adamw(self.model, lr=1.5e-4)
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> dict[str, Tensor]:
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype.itemsize == 2):
+            return self.model(images, mask_ratio, noise)
+
+    def __call__(self, images: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+        loss = self.forward(images, noise, mask_ratio)["loss"]
+        self.scaler.scale(loss).backward()
+        self.before_optimizer()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def before_optimizer(self) -> None:
+        """Replaced while stages are timed."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        heads = self.model.aligned_feature_projection_heads[0]
+        student = {f"student.{k}": v for k, v in self.model.student.named_parameters() if v.requires_grad}
+        return student | {f"projector.{k}": v for k, v in heads.named_parameters()}
+
+    @contextlib.contextmanager
+    def marked(self, clock: Callable):
+        """Lets `clock` hear where the stages of this model begin."""
+        model, student = self.model, self.model.student
+        decode = student.decode
+
+        def marked_decode(tokens: Tensor, *args, **kwargs) -> Tensor:
+            clock("decoder", tokens)
+            pred = decode(tokens, *args, **kwargs)
+            clock("loss", pred)
+            return pred
+
+        hooks = [
+            model.register_forward_pre_hook(lambda *_: clock("teacher")),
+            student.register_forward_pre_hook(lambda *_: clock("student")),
+        ]
+        student.decode, self.before_optimizer = marked_decode, lambda: clock("optimiser")
+        try:
+            yield
+        finally:
+            del student.decode, self.before_optimizer
+            for hook in hooks:
+                hook.remove()
+
+
+class Mode:
+    """One way to run the step in one dtype: weights, step and what is known of it.
+
+    Attributes:
+        name, dtype: as in the result rows.
+        label: both together.
+    """
+
+    def __init__(
+        self, name: str, dtype: str, base: released.DMAE, device: str, compile: str = "blocks",
+        compile_mode: str = "default", written_out: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.dtype, self.label = name, dtype, f"{name} {dtype}"
+        self.device, self.exact = device, name in EXACT_MODES
+        self.raw = name in ("exact", *INEXACT_MODES)
+        self.compile = compile if name == "compiled" else None
+        kind = DTYPES[dtype]
+        if name == "released":
+            model = released.DMAE(base.recipe)
+            model.load_state_dict(base.state_dict())
+            self.run = released.Step(model.to(device), kind)
+        elif name in ("eager", "compiled"):
+            model = eager.DMAE(base.recipe, written_out).load_from(base).to(device)
+            self.run = eager.Step(model, kind, self.compile, compile_mode)
+        else:
+            self.run = FastStep(base, kind, device, 0.25 if name == "decode_25" else 1.0, "cross" if name == "cross" else "self")
+        self._start = {k: v.detach().clone() for k, v in base.trained().items()}
+        missing = set(self._start) ^ set(self.parameters())
+        if missing:
+            raise RuntimeError(f"{self.label}: parameters do not match those of released: {sorted(missing)[:5]}")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.run.trained() if isinstance(self.run, FastStep) else self.run.model.trained()
+
+    def restore(self) -> None:
+        """Back to the weights that all modes start from."""
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(self._start[name])
+        self._drop_gradients()
+
+    def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.raw if self.raw else batch.floats
+        return images.to(self.device, non_blocking=True), batch.noise.to(self.device, non_blocking=True)
+
+    def step(self, batch: Batch, mask_ratio: float, clock: Callable | None = None) -> None:
+        """A whole training step from a batch in (pinned) host memory; `clock` hears where each stage begins."""
+        with self._marked(clock):
+            if clock:
+                clock("data")
+            self.run(*self._images(batch), mask_ratio)
+
+    @contextlib.contextmanager
+    def _marked(self, clock: Callable | None):
+        if clock is None or self.compile == "whole":  # nothing can be timed inside one compiled graph
+            yield
+        elif isinstance(self.run, FastStep):
+            with self.run.marked(clock):
+                yield
+        else:
+            self.run.model.mark = clock
+            try:
+                yield
+            finally:
+                self.run.model.mark = None
+
+    def gradients(self, batch: Batch, mask_ratio: float) -> tuple[dict[str, float], dict[str, Tensor], int]:
+        """(losses, gradients, peak bytes above the resident ones) of the current weights, without an optimiser step."""
+        images, scale, out = self._images(batch), 2.0**12 if self.dtype == "float16" else 1.0, {}
+
+        def run() -> None:
+            out.update(self.run.forward(*images, mask_ratio))
+            (out["loss"] * scale).backward()
+            for name in tuple(out):
+                out[name] = out[name].detach() if name in LOSSES else None
+
+        if self.compile:  # once before, so that compilation is not counted
+            run()
+            self._drop_gradients()
+        peak, _ = peak_bytes(run, self.device)
+        losses = {name: out[name].item() for name in LOSSES}
+        found = {name: p.grad if scale == 1 else p.grad / scale for name, p in self.parameters().items()}
+        self._drop_gradients()
+        return losses, found, peak
+
+    def _drop_gradients(self) -> None:
+        for p in self.parameters().values():
+            p.grad = None
+
+
+def oracle(
+    base: released.DMAE, batch: Batch, mask_ratio: float, device: str, chunk: int = 16
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Losses and gradients of `released` in float64; both losses are means over images, so chunks are averaged."""
+    model = released.DMAE(base.recipe)
+    model.load_state_dict(base.state_dict())
+    model = model.to(device, torch.float64)
+    losses = dict.fromkeys(LOSSES, 0.0)
+    total = len(batch.raw)
+    for start in range(0, total, chunk):
+        part = slice(start, start + chunk)
+        images, noise = normalise(batch.raw[part], torch.float64).to(device), batch.noise[part].to(device)
+        out, share = model(images, noise, mask_ratio), len(images) / total
+        (out["loss"] * share).backward()
+        losses = {name: value + share * out[name].item() for name, value in losses.items()}
+    return losses, {name: p.grad for name, p in model.trained().items()}
+
+
+FLOOR = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
+
+
+def errors(got: tuple, want: tuple) -> dict[str, float]:
+    """Relative errors of both losses and of every gradient, by the norm of the tensor.
+
+    A tensor's norm counts at least 1e-4 of the norm of all gradients: below that it is rounding noise.
+    """
+    (losses, gradients, *_), (true_losses, true) = got, want
+    found = {name: abs(losses[name] - value) / abs(value) for name, value in true_losses.items()}
+    everything = sum(t.double().square().sum() for t in true.values()).sqrt()
+    for name, value in true.items():
+        scale = torch.maximum(value.double().norm(), 1e-4 * everything)
+        found[name] = float((gradients[name].double() - value.double()).norm() / scale)
+    return found
+
+
+def gate(modes: list[Mode], base: released.DMAE, batch: Batch, mask_ratio: float, device: str) -> dict[str, dict]:
+    """Checks every mode's losses and gradients against float64; raises where one is wrong.
+
+    The rule: error <= 2 x error of `released` in the same dtype + a few roundings. Modes that are not exact have
+    another pixel loss by design: only their alignment loss is held to the rule, and gradients must be finite.
+
+    Returns:
+        Per label: errors against float64, and the peak of bytes above the resident ones while this ran.
+    """
+    want = oracle(base, batch, mask_ratio, device)
+    report, plain = {}, {}
+    for mode in sorted(modes, key=lambda m: m.name != "released"):
+        mode.restore()
+        got = mode.gradients(batch, mask_ratio)
+        found = errors(got, want)
+        if mode.name == "released":
+            plain[mode.dtype] = found
+        allowed = {name: 2 * value + FLOOR[mode.dtype] for name, value in plain[mode.dtype].items()}
+        checked = found if mode.exact else {"align_loss": found["align_loss"]}
+        wrong = [f"{n}: error {e:.2e} > {allowed[n]:.2e}" for n, e in checked.items() if not e <= allowed[n]]
+        wrong += [f"gradient of {n} is not finite" for n, g in got[1].items() if not g.isfinite().all()]
+        if wrong:
+            raise SystemExit(
+                f"{mode.label} at {mask_ratio:.0%} is NOT the published step; nothing is timed.\n  " + "\n  ".join(wrong[:10])
+            )
+        gradients = [found[n] for n in want[1]]
+        report[mode.label] = dict(
+            loss_error=found["pixel_loss"] if mode.exact else None,
+            align_error=found["align_loss"],
+            worst_gradient_error=max(gradients) if mode.exact else None,
+            peak_bytes=got[2],
+        )
+    return report
+
+
+def faster_attention(recipe: Recipe, dtype: str, device: str, batch: int) -> tuple[bool, dict[str, float]]:
+    """(whether attention written out beats scaled_dot_product_attention, seconds of both) on a decoder block."""
+    block = released.Block(recipe.decoder_width, recipe.decoder_heads).to(device)
+    x = torch.randn(batch, recipe.patches + 1, recipe.decoder_width, device=device, requires_grad=True)
+    times = {}
+    for name, written_out in (("sdpa", False), ("written out", True)):
+
+        def run() -> None:
+            with torch.autocast(device, DTYPES[dtype], enabled=DTYPES[dtype].itemsize == 2):
+                y = eager.run_block(block, x, written_out)  # noqa: B023
+            y.backward(x.detach())
+
+        run()
+        times[name] = min(seconds(run, device) for _ in range(3))
+    return times["written out"] < times["sdpa"], times
