@@ -91,13 +91,12 @@ def info(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     """Run a small experiment on real pictures that come with the package."""
-    from fastkd import demos
+    from fastkd.demos import DEMOS
 
-    names = getattr(demos, "DEMOS", {})
-    listing = "\n".join(f"  {name:10} {line}" for name, line in names.items())
+    listing = "\n".join(f"  {name:10} {line}" for name, line in DEMOS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         return _say(f"usage: fastkd demo NAME [OPTIONS]   (fastkd demo NAME --help lists the options)\n\n{listing}", 0, sys.stdout)
-    if arguments[0] not in names:
+    if arguments[0] not in DEMOS:
         return _say(f"fastkd demo: NAME: got {arguments[0]!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
     import importlib
 
@@ -160,7 +159,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parse(target, command: str, arguments: list[str]):
-    """Fills a dataclass, or calls a function, from arguments; wrong ones end the process with code 2 and a message."""
+    """A dataclass filled from arguments; wrong ones end the process with code 2 and a message."""
     return tyro.cli(target, prog=f"fastkd {command}", args=arguments)
 
 

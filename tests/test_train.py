@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -221,9 +222,14 @@ def at_step(monkeypatch, number: int, action) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_is_saved_and_resumes(tmp_path, monkeypatch, number):
+    def signal_all():  # as a terminal or a scheduler does
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+        signal.raise_signal(number)
+
     distill(tiny_config(tmp_path, "whole", projector="mlp"))
-    at_step(monkeypatch, 3, lambda: signal.raise_signal(number))
-    stopped = distill(tiny_config(tmp_path, "stopped", projector="mlp"))
+    at_step(monkeypatch, 3, signal_all)
+    stopped = distill(tiny_config(tmp_path, "stopped", projector="mlp", workers=1))
     assert not stopped.finished and stopped.step == 3 and stopped.exported is None
     assert "the same command continues" in (tmp_path / "stopped/train.log").read_text()
     assert distill(tiny_config(tmp_path, "stopped", projector="mlp")).finished

@@ -221,5 +221,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process decides what happens, workers go on serving it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides, workers go on serving its last step.
+    # They end with it: by its word, or when they see that it is gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
