@@ -85,13 +85,17 @@ class NativeBuild(build_ext):
         self.folder = package / "_lib"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.info = {"libraries": {}, "not_built": {}}
+        earlier = self.earlier_libraries()
         parts = {"cpu": self.build_cpu, "cuda": self.build_cuda}
         wanted = os.environ.get("FASTKD_BUILD", "cpu,cuda").split(",")
         for part, build in parts.items():
+            if part not in wanted and any(library.startswith(part) for library in earlier):
+                continue
             reason = None if part in wanted else f"FASTKD_BUILD={','.join(wanted)} left it out"
             reason = reason or self.missing() or build()
             if reason:
                 self.info["not_built"][part] = reason
+                earlier = {library: flags for library, flags in earlier.items() if not library.startswith(part)}
                 print(f"fastkd: the native {part} library is NOT built: {reason}", file=sys.stderr)
                 if os.environ.get("FASTKD_REQUIRE_NATIVE") == "1" and part in wanted:
                     raise SystemExit(f"fastkd: FASTKD_REQUIRE_NATIVE=1 and {part} cannot be built: {reason}")
@@ -101,12 +105,19 @@ class NativeBuild(build_ext):
             super().run()
         else:
             self.extensions = []
+        self.info["libraries"] = {**earlier, **self.info["libraries"]}
         self.info.update(
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             machine=platform.machine(),
             torch_headers=torch_version(self.torch) if self.torch else None,
         )
         (self.folder / "build.json").write_text(json.dumps(self.info, indent=1))
+
+    def earlier_libraries(self) -> dict[str, str]:
+        """Libraries of an earlier build into the same folder: what this run leaves out stays, and stays on record."""
+        record = self.folder / "build.json"
+        earlier = json.loads(record.read_text())["libraries"] if record.exists() else {}
+        return {name: flags for name, flags in earlier.items() if (self.folder / f"libfastkd_{name}.so").exists()}
 
     def missing(self) -> str | None:
         if sys.platform != "linux":
@@ -156,11 +167,14 @@ class NativeBuild(build_ext):
             return "no CUDA toolkit found; set CUDA_HOME to a folder with include/cuda_runtime.h and bin/nvcc"
         sources = sorted((ROOT / "csrc").glob("*.cu"))
         archs = self.cuda_archs(cuda)
+        if not archs:
+            return f"{cuda}/bin/nvcc knows none of the wanted GPU architectures; set FASTKD_CUDA_ARCHS"
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        gencode += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]  # PTX, for GPUs that come later
         with tempfile.TemporaryDirectory() as scratch:
             scratch = Path(scratch)
             compile_cu = [cuda / "bin/nvcc", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c",
-                          f"-I{ROOT / 'csrc'}", *gencode]  # fmt: skip
+                          "--threads", "0", f"-I{ROOT / 'csrc'}", *gencode]  # fmt: skip
             glue = [self.compiler_path, *self.flags(), "-DFASTKD_CUDA", "-DUSE_CUDA", f"-I{cuda / 'include'}", "-c",
                     ROOT / "csrc/ops.cpp", "-o", scratch / "ops.o"]  # fmt: skip
             commands = [[*compile_cu, source, "-o", scratch / f"{source.stem}.o"] for source in sources]
