@@ -1,5 +1,5 @@
 // Column sums of a [N, D] matrix: fixed chunks of rows, so the result does not depend on the number of threads.
-#include "common.h"
+#include "convert.h"
 
 namespace fastkd {
 
@@ -12,12 +12,8 @@ void column_sum(const Tensor& x, const Tensor& out) {
     const T* from = data<T>(x);
     std::vector<A> partial(chunks * dim, A(0));
     parallel(chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin * chunk; row < std::min(rows, end * chunk); ++row) {
-        A* sum = partial.data() + row / chunk * dim;
-        const T* line = from + row * stride;
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) sum[j] += static_cast<A>(line[j]);
-      }
+      for (int64_t row = begin * chunk; row < std::min(rows, end * chunk); ++row)
+        add_row(from + row * stride, dim, partial.data() + row / chunk * dim);
     });
     A* sum = mutable_data<A>(out);
     std::fill_n(sum, dim, A(0));

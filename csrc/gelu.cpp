@@ -1,8 +1,7 @@
 // Exact GELU. erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), whose exponential exp(-x^2 / 2) is also
 // the density that the derivative needs. float64 uses the C library.
+#include "convert.h"
 #include "simd.h"
-
-#include "common.h"
 
 namespace fastkd {
 namespace {
@@ -14,34 +13,25 @@ inline V gaussian(V x, V& bell) {
   typedef int32_t Int __attribute__((vector_size(64)));
   const Int negative = x < 0.0f;
   const V z = (negative ? -x : x) * 0.70710678f;
-  const V t = 1.0f / (1.0f + 0.3275911f * z);
+  const V t = reciprocal(1.0f + 0.3275911f * z);
   V p = Simd<float>::splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  bell = exp(-z * z);
+  const V floor = Simd<float>::splat(-80.0f), power = -z * z;  // below: no denormal numbers, and 0 beside 1 anyway
+  bell = exp_in_range(power < floor ? floor : power);
   const V tail = 0.5f * p * t * bell;  // 1 - Phi(|x|)
   return negative ? tail : 1.0f - tail;
 }
 
-template <class T, class F>
+template <class F>
 void for_lines(int64_t n, const F& f) {
   // In blocks of 256 lanes: converted, computed, converted back, all in L1.
   constexpr int64_t block = 256;
   parallel((n + block - 1) / block, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i * block, std::min(block, n - i * block));
   });
-}
-
-template <class T>
-void load(const T* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-template <class T>
-void store(const float* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
 }
 
 }  // namespace
@@ -51,18 +41,18 @@ void gelu(const Tensor& x, const Tensor& out) {
     using T = typename decltype(type)::type;
     const T* from = data<T>(x);
     T* to = mutable_data<T>(out);
-    for_lines<T>(x.numel(), [&](int64_t start, int64_t count) {
+    for_lines(x.numel(), [&](int64_t start, int64_t count) {
       if constexpr (std::is_same_v<T, double>) {
         for (int64_t i = start; i < start + count; ++i) to[i] = from[i] * 0.5 * std::erfc(-from[i] * M_SQRT1_2);
       } else {
-        alignas(64) float line[256] = {};
-        load(from + start, count, line);
+        alignas(64) float line[256];
+        convert_row(from + start, count, line);
         for (int64_t i = 0; i < count; i += 16) {
           V bell;
           const V v = Simd<float>::load(line + i);
           Simd<float>::store(line + i, v * gaussian(v, bell));
         }
-        store(line, count, to + start);
+        convert_row(line, count, to + start);
       }
     });
   });
@@ -73,23 +63,23 @@ void gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& grad_x
     using T = typename decltype(type)::type;
     const T *from = data<T>(x), *upstream = data<T>(grad_out);
     T* to = mutable_data<T>(grad_x);
-    for_lines<T>(x.numel(), [&](int64_t start, int64_t count) {
+    for_lines(x.numel(), [&](int64_t start, int64_t count) {
       if constexpr (std::is_same_v<T, double>) {
         for (int64_t i = start; i < start + count; ++i) {
           const double phi = std::exp(-0.5 * from[i] * from[i]) * 0.3989422804014327;
           to[i] = upstream[i] * (0.5 * std::erfc(-from[i] * M_SQRT1_2) + from[i] * phi);
         }
       } else {
-        alignas(64) float line[256] = {}, gradient[256] = {};
-        load(from + start, count, line);
-        load(upstream + start, count, gradient);
+        alignas(64) float line[256], gradient[256];
+        convert_row(from + start, count, line);
+        convert_row(upstream + start, count, gradient);
         for (int64_t i = 0; i < count; i += 16) {
           V bell;
           const V v = Simd<float>::load(line + i);
           const V slope = gaussian(v, bell) + v * bell * 0.39894228f;
           Simd<float>::store(line + i, slope * Simd<float>::load(gradient + i));
         }
-        store(line, count, to + start);
+        convert_row(line, count, to + start);
       }
     });
   });

@@ -18,22 +18,17 @@ void norm_forward(const Tensor& x, const std::optional<Tensor>& delta, const Ten
   Out* result = mutable_data<Out>(normed);
   const A *w = data<A>(weight), *b = data<A>(bias);
   parallel(rows, 8192 / dim + 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> line(dim);
-    A* t = line.data();
+    std::vector<A> scratch(2 * dim);
+    A *t = scratch.data(), *d = t + dim;
     for (int64_t row = begin; row < end; ++row) {
-      const X* in = from(row / tokens, row % tokens);
+      convert_row(from(row / tokens, row % tokens), dim, t);
       if (sums) {
-        const Delta* add = step(row / tokens, row % tokens);
         X* sum = sums + row * dim;
+        convert_row(step(row / tokens, row % tokens), dim, d);
 #pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) {
-          const X value = static_cast<X>(static_cast<A>(in[j]) + static_cast<A>(add[j]));
-          sum[j] = value;
-          t[j] = static_cast<A>(value);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) t[j] = static_cast<A>(in[j]);
+        for (int64_t j = 0; j < dim; ++j) t[j] += d[j];
+        convert_row(t, dim, sum);
+        if constexpr (!std::is_same_v<X, A>) convert_row(sum, dim, t);  // statistics of what is stored
       }
       A mean = 0, square = 0;
 #pragma omp simd reduction(+ : mean)
@@ -44,9 +39,9 @@ void norm_forward(const Tensor& x, const std::optional<Tensor>& delta, const Ten
       const A scale = 1 / std::sqrt(square / dim + A(eps));
       statistics[2 * row] = mean;
       statistics[2 * row + 1] = scale;
-      Out* out = result + row * dim;
 #pragma omp simd
-      for (int64_t j = 0; j < dim; ++j) out[j] = static_cast<Out>((t[j] - mean) * scale * w[j] + b[j]);
+      for (int64_t j = 0; j < dim; ++j) t[j] = (t[j] - mean) * scale * w[j] + b[j];
+      convert_row(t, dim, result + row * dim);
     }
   });
 }
@@ -66,41 +61,37 @@ void norm_backward(const std::optional<Tensor>& grad_total, const Tensor& grad_n
   const A *w = data<A>(weight), *statistics = data<A>(stats);
   std::vector<A> partial(chunks * 2 * dim, A(0));
   parallel(chunks, 8192 / (dim * kChunk) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(2 * dim);
-    A *h = scratch.data(), *y = h + dim;
+    std::vector<A> scratch(3 * dim);
+    A *h = scratch.data(), *y = h + dim, *u = y + dim;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       A *dw = partial.data() + chunk * 2 * dim, *db = dw + dim;
       for (int64_t row = chunk * kChunk; row < std::min(rows, (chunk + 1) * kChunk); ++row) {
-        const X* t = from(row / tokens, row % tokens);
-        const G* g = upstream(row / tokens, row % tokens);
         const A mean = statistics[2 * row], scale = statistics[2 * row + 1];
+        convert_row(from(row / tokens, row % tokens), dim, h);
+        convert_row(upstream(row / tokens, row % tokens), dim, u);
         A sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
         for (int64_t j = 0; j < dim; ++j) {
-          const A u = static_cast<A>(g[j]);
-          h[j] = (static_cast<A>(t[j]) - mean) * scale;
-          y[j] = u * w[j];
+          h[j] = (h[j] - mean) * scale;
+          y[j] = u[j] * w[j];
           sum += y[j];
           dot += y[j] * h[j];
-          dw[j] += u * h[j];
-          db[j] += u;
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < dim; ++j) {
+          dw[j] += u[j] * h[j];
+          db[j] += u[j];
         }
         sum /= dim;
         dot /= dim;
-        X* dx = gradient + row * dim;
-        const X* pass = has_through ? through(row / tokens, row % tokens) : nullptr;
+        if (has_through)
+          convert_row(through(row / tokens, row % tokens), dim, u);
+        else
+          std::fill_n(u, dim, A(0));
 #pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) y[j] = scale * (y[j] - sum - h[j] * dot);
-        if (pass)
-#pragma omp simd
-          for (int64_t j = 0; j < dim; ++j) y[j] += static_cast<A>(pass[j]);
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) dx[j] = static_cast<X>(y[j]);
-        if (gradient_delta) {
-          Delta* dd = gradient_delta + row * dim;
-#pragma omp simd
-          for (int64_t j = 0; j < dim; ++j) dd[j] = static_cast<Delta>(y[j]);
-        }
+        for (int64_t j = 0; j < dim; ++j) y[j] = u[j] + scale * (y[j] - sum - h[j] * dot);
+        convert_row(y, dim, gradient + row * dim);
+        if (gradient_delta) convert_row(y, dim, gradient_delta + row * dim);
       }
     }
   });

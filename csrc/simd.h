@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace fastkd {
 
 template <class A>
@@ -23,15 +27,11 @@ struct Simd {
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7.
-// Inputs below -87 give 0, above 88 saturate.
-inline Simd<float>::type exp(Simd<float>::type x) {
+// exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7; x in
+// [-87, 88].
+inline Simd<float>::type exp_in_range(Simd<float>::type x) {
   typedef int32_t Int __attribute__((vector_size(64)));
   using S = Simd<float>;
-  const S::type low = S::splat(-87.0f), high = S::splat(88.0f);
-  const Int underflow = x < low;
-  x = x > high ? high : x;
-  x = underflow ? low : x;
   const S::type magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const S::type shifted = x * 1.44269504088896341f + magic;
   const S::type n = shifted - magic;
@@ -48,8 +48,26 @@ inline Simd<float>::type exp(Simd<float>::type x) {
   const Int exponent = (bits + 127) << 23;  // the low bits of `shifted` hold n
   S::type power;
   std::memcpy(&power, &exponent, sizeof(power));
-  const S::type result = p * power;
-  return underflow ? S::type{} : result;
+  return p * power;
+}
+
+// Inputs below -87 give 0, above 88 saturate.
+inline Simd<float>::type exp(Simd<float>::type x) {
+  using S = Simd<float>;
+  const S::type low = S::splat(-87.0f), high = S::splat(88.0f);
+  const auto underflow = x < low;
+  x = x > high ? high : x;
+  return underflow ? S::type{} : exp_in_range(underflow ? low : x);
+}
+
+// 1 / x to 2^-28 for positive normal x: a division would take longer than everything around it.
+inline Simd<float>::type reciprocal(Simd<float>::type x) {
+#if defined(__AVX512F__)
+  const auto guess = (Simd<float>::type)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
 }
 
 inline Simd<double>::type exp(Simd<double>::type x) {
