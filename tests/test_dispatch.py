@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import backends_of
+from process import run_python
 
 import fastkd
 from fastkd import _native, ops
@@ -132,14 +130,7 @@ def test_the_override_reaches_backward_threads():
 
 
 def python(code: str, **environment) -> str:
-    root = str(Path(fastkd.__file__).parents[1])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
+    done = run_python("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

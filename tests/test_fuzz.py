@@ -32,10 +32,12 @@ STRESS = {
 }
 
 
-def ill_posed(op: str, case: dict, stress: str) -> bool:
-    """Combinations in which nothing but rounding noise is left to compare."""
-    if op == "attention":  # scores of 1e8; the op's own space scales up to a sharp softmax
-        return stress == "huge"
+def ill_posed(op: str, case: dict, dtype: torch.dtype, stress: str) -> bool:
+    """Combinations in which little but rounding is left to compare."""
+    if op == "attention":
+        # Scores of 1e8 have no gradient left. Backward reads the result in 16 bits, as flash attention does: the
+        # gradient of a sharp softmax, a small difference of large terms, loses more than plain float32 sums would.
+        return stress == "huge" or (case["scale"] > 1 and dtype.itemsize == 2)
     if op == "feature_alignment_loss":  # a normalised single number is +-1: the gradient is exactly 0
         return case["width"] == 1
     return False
@@ -79,7 +81,7 @@ def test_fuzz(spec, name):
         stress=st.sampled_from(list(STRESS)),
     )
     def run(case, dtype, layout, stress):
-        assume(not ill_posed(spec.name, case, stress))
+        assume(not ill_posed(spec.name, case, dtype, stress))
         kwargs = built(spec, case, dtype, device_of(name))
         touched = [*differentiable(spec, kwargs), *(["images"] if "images" in kwargs else [])]
         for key in touched:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import test_golden_models as models
 import torch
 from conftest import BACKENDS_HERE
 from golden_files import Golden
+from process import run_pytest
 
 FASTEST = "cpp" if "cpp" in BACKENDS_HERE else "reference"
 
@@ -54,13 +52,8 @@ def test_a_wrong_number_in_a_file_fails(tmp_path):
         models.test_golden_student_grads(Golden(path), FASTEST, torch.float64, True)
 
 
-def collect(folder: Path) -> subprocess.CompletedProcess:
-    here = Path(__file__).parent
-    files = [here / name for name in ("test_golden_dmae.py", "test_golden_models.py")]
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--rootdir", here, *files]
-    environment = dict(os.environ, FASTKD_GOLDEN_DIR=str(folder))
-    extra = ["--collect-only"] if any(folder.iterdir()) else []
-    return subprocess.run(list(map(str, command + extra)), capture_output=True, text=True, env=environment)
+def golden_run(folder: Path, *options: str):
+    return run_pytest(*options, "test_golden_dmae.py", "test_golden_models.py", FASTKD_GOLDEN_DIR=folder)
 
 
 def test_every_matching_file_is_collected_and_no_other(tmp_path):
@@ -68,7 +61,7 @@ def test_every_matching_file_is_collected_and_no_other(tmp_path):
     for name in ("dmae_pixel_loss", "dmae_student_grads"):
         shutil.copy(source / f"{name}_dev.npz", tmp_path / f"{name}_other_odd.npz")
     shutil.copy(source / "dmae_pixel_loss_dev.npz", tmp_path / "unknown_op_dev.npz")
-    found = collect(tmp_path)
+    found = golden_run(tmp_path, "--collect-only")
     assert found.returncode == 0, found.stdout + found.stderr
     ids = [line for line in found.stdout.splitlines() if "::" in line]
     for stem in ("dmae_pixel_loss_other_odd", "dmae_student_grads_other_odd"):
@@ -77,5 +70,5 @@ def test_every_matching_file_is_collected_and_no_other(tmp_path):
 
 
 def test_an_empty_folder_does_not_fail(tmp_path):
-    result = collect(tmp_path)
+    result = golden_run(tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,141 @@
+"""Planted bugs: what is replaced, where, and which tests must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MASKED = "fastkd/ops/masked"
+FEATURES = "fastkd/ops/features"
+
+
+class Mutant(NamedTuple):
+    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def golden(what: str, backend: str = "") -> tuple[str, ...]:
+    return ("test_golden_dmae.py", "-k", f"{what} and {backend}" if backend else what)
+
+
+def models(what: str) -> tuple[str, ...]:
+    return ("test_golden_models.py", "-k", f"{what} and reference and float64")
+
+
+def unpinned(what: str) -> tuple[str, ...]:
+    return ("test_unpinned.py", "-k", what)
+
+
+def accuracy(op: str, backend: str) -> tuple[str, ...]:
+    return ("test_ops.py", "-k", f"test_accuracy and {op} and {backend}")
+
+
+PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_masking"
+EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
+
+PYTHON = [
+    Mutant("pixel loss: the mask is dropped", f"{MASKED}/{PIXEL}.py",
+           "weight = (mask / total).contiguous()", "weight = torch.full_like(mask, 1 / mask.numel())", golden("pixel")),
+    Mutant("pixel loss: mean over images instead of the batch", f"{MASKED}/{PIXEL}.py",
+           "weight = (mask / total).contiguous()", "weight = (mask / mask.sum(1, True) / batch).contiguous()",
+           unpinned("mean_over_the_batch")),
+    Mutant("pixel loss: biased variance", f"{MASKED}/{PIXEL}.py",
+           "target.var(-1, keepdim=True)", "target.var(-1, keepdim=True, unbiased=False)", golden("pixel", "reference")),
+    Mutant("pixel loss: another epsilon", f"{MASKED}/{PIXEL}.py", "+ eps).sqrt()", "+ 10 * eps).sqrt()",
+           golden("pixel", "reference")),
+    Mutant("pixel loss: half the gradient", f"{MASKED}/{PIXEL}.py", "* (2.0 / pred.shape[-1])",
+           "* (1.0 / pred.shape[-1])", golden("pixel", "reference")),
+    Mutant("patchify: channel before row and column", f"{MASKED}/images.py",
+           "cut.permute(0, 2, 4, 3, 5, 1).reshape(batch", "cut.permute(0, 2, 4, 1, 3, 5).reshape(batch", golden("patchify")),
+    Mutant("uint8 pixels are not divided by 255", f"{MASKED}/images.py", "unit = 255.0 if", "unit = 1.0 if",
+           unpinned("uint8")),
+    Mutant("mean is not divided by std", f"{MASKED}/images.py", "-mean / std", "-mean", unpinned("uint8")),
+    Mutant("visible count is rounded", f"{MASKED}/{MASKING}.py", "return int(num_patches * (1 - mask_ratio))",
+           "return round(num_patches * (1 - mask_ratio))", golden("visible_count")),
+    Mutant("keep is off by one in the mask", f"{MASKED}/{MASKING}.py", "(ids_restore >= keep)", "(ids_restore > keep)",
+           golden("masking", "reference")),
+    Mutant("patches get the position of their place, not their own", f"{MASKED}/{EMBED}.py",
+           "x + pos_embed.to(wide)[ids]", "x + pos_embed.to(wide)[: ids.shape[1]]", models("teacher_forward")),
+    Mutant("the gradient of the patch bias counts one image", f"{MASKED}/{EMBED}.py",
+           "grad_bias.copy_(grad.sum(0, dtype=wide))", "grad_bias.copy_(grad_out[0, num_prefix:].sum(0, dtype=wide))",
+           models("student_grads")),
+    Mutant("the gradient of the mask token includes visible rows", f"{MASKED}/{ASSEMBLE}.py",
+           "grad_fill.copy_(total.index_put((rows,), grad, accumulate=True))",
+           "grad_fill.copy_(total.index_put((rows,), grad, accumulate=True) + grad_out.sum((0, 1)))",
+           models("student_grads")),
+    Mutant("no floor under the norm", f"{FEATURES}/feature_alignment.py", "NORM_FLOOR = 1e-12", "NORM_FLOOR = 1e-20",
+           ("test_feature_alignment.py", "-k", "norm_floor and cpp or norm_floor and triton")),
+    Mutant("sign of the l1 gradient", f"{FEATURES}/feature_alignment.py", "g = (u - t).sign() * scale",
+           "g = (t - u).sign() * scale", golden("distill", "reference")),
+    Mutant("a teacher that requires grad is accepted", f"{FEATURES}/feature_alignment.py",
+           '    _check.check_no_grad(OP, "teacher", teacher, "a distillation loss must not train the teacher")\n', "",
+           ("test_feature_alignment.py",)),
+    Mutant("taps are one block late", "fastkd/models/vit.py", "if index in taps:", "if index + 1 in taps:",
+           models("teacher_forward")),
+    Mutant("the teacher is cut at its first tap", "fastkd/models/teacher.py", "encoder(vit, max(self.blocks) + 1)",
+           "encoder(vit, max(self.blocks))", models("teacher_forward")),
+    Mutant("alpha is ignored", "fastkd/methods/dmae.py", "+ self.alpha * align_loss", "+ align_loss", unpinned("alpha")),
+    Mutant("the CLS row is not aligned", "fastkd/methods/dmae.py", "        if ours == theirs <= 1:\n            return student, teacher\n",
+           "        if ours == theirs <= 1:\n            return student[:, 1:], teacher[:, 1:]\n", models("student_forward")),
+    Mutant("only the last pair counts", "fastkd/methods/dmae.py", "align_loss = align_loss + self._align(",
+           "align_loss = self._align(", unpinned("pairs")),
+    Mutant("the teacher gets the student's statistics", "fastkd/methods/dmae.py",
+           "mean, std = self.teacher.mean, self.teacher.std", "mean, std = self.student.mean, self.student.std",
+           unpinned("statistics")),
+    Mutant("shared first block without positions", "fastkd/models/mae.py",
+           "self.mask_token[0] + self.decoder_pos_embed[0, prefix:]",
+           "self.mask_token[0] + 0 * self.decoder_pos_embed[0, prefix:]", models("student_forward")),
+    Mutant("positions: rows and columns swapped", "fastkd/models/positions.py", "for position in (x, y)]",
+           "for position in (y, x)]", golden("pos_embed")),
+    Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
+           "return lr * (epoch + 1) / warmup_epochs", ("test_golden_models.py", "-k", "lr_schedule")),
+]  # fmt: skip
+
+TRITON = [
+    Mutant("triton masking: off by one", f"{MASKED}/{MASKING}_triton.py", "(rank >= keep)", "(rank > keep)",
+           golden("masking", "triton")),
+    Mutant("triton masking: ties the other way", f"{MASKED}/{MASKING}_triton.py", "(j[None, :] < mine[:, None])",
+           "(j[None, :] > mine[:, None])", unpinned("ties and triton")),
+    Mutant("triton pixel loss: biased variance", f"{MASKED}/{PIXEL}_triton.py", "axis=0) / (P - 1)", "axis=0) / P",
+           golden("pixel", "triton")),
+    Mutant("triton pixel loss: the upstream gradient is ignored", f"{MASKED}/{PIXEL}_triton.py",
+           "tl.load(grad_loss).to(tl.float32) * w", "w", golden("pixel", "triton")),
+    Mutant("triton alignment: gradient is not projected", f"{FEATURES}/feature_alignment_triton.py",
+           "g = (g - u * along)", "g = (g - u * 0.0)", golden("distill", "triton")),
+    Mutant("triton assembly: fill of another patch", f"{MASKED}/{ASSEMBLE}_triton.py",
+           "fill_row = patch if PER_PATCH else patch * 0", "fill_row = patch * 0", accuracy(ASSEMBLE, "triton")),
+    Mutant("triton embedding: no bias", f"{MASKED}/{EMBED}_triton.py", "    if BIAS:\n        sums +=",
+           "    if BIAS:\n        sums += 0.0 *", accuracy(EMBED, "triton")),
+]  # fmt: skip
+
+NATIVE = [
+    Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
+           unpinned("ties and cpp")),
+    Mutant("C++ pixel loss: biased variance", f"csrc/{PIXEL}.cpp", "std::sqrt(square / (n - 1) + A(eps))",
+           "std::sqrt(square / n + A(eps))", golden("pixel", "cpp")),
+    Mutant("C++ pixel loss: writes one element too many", f"csrc/{PIXEL}.cpp", "std::fill_n(out + row * n, n, T(0));",
+           "std::fill_n(out + row * n, n + 1, T(0));", accuracy(PIXEL, "cpp")),
+    Mutant("C++ pixel loss: visible rows are not cleared", f"csrc/{PIXEL}.cpp",
+           "std::fill_n(out + row * n, n, T(0));", "(void)row;", accuracy(PIXEL, "cpp")),
+    Mutant("C++ pixels: column before row", "csrc/pixels.h",
+           "          *out++ = static_cast<A>(corner[y * sh_ + x * sw_ + c * sc_]) * scale_[c] + shift_[c];",
+           "          *out++ = static_cast<A>(corner[y * sw_ + x * sh_ + c * sc_]) * scale_[c] + shift_[c];",
+           accuracy(PIXEL, "cpp")),
+    Mutant("C++ alignment: sign(0) is 1", "csrc/align_math.h", "return A(d > 0) - A(d < 0);",
+           "return A(d >= 0) - A(d < 0);", ("test_feature_alignment.py", "-k", "equal_rows and cpp")),
+    Mutant("C++ alignment: another floor", "csrc/align_math.h", "kFloor = A(1e-12)", "kFloor = A(1e-6)",
+           ("test_feature_alignment.py", "-k", "norm_floor and cpp")),
+    Mutant("C++ assembly: the last filled row has no gradient", f"csrc/{ASSEMBLE}.cpp",
+           "for (int64_t i = given; i < total; ++i) add_row(grad(b, i), width, sum);",
+           "for (int64_t i = given; i < total - 1; ++i) add_row(grad(b, i), width, sum);", accuracy(ASSEMBLE, "cpp")),
+    Mutant("C++ attention: softmax scale", "csrc/attention.cpp", "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
+           "q.load(s.queries, Q, dp, A(1) / A(s.dim));", accuracy("attention", "cpp")),
+]  # fmt: skip
+
+MUTANTS = PYTHON + TRITON + NATIVE
+# Run by the test suite itself; the rest by `python tests/mutation/run.py`.
+QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

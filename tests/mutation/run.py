@@ -1,0 +1,94 @@
+"""Plants known bugs one at a time in a copy of the package; the tests must notice every one.
+
+    python tests/mutation/run.py [--list] [words in the name ...]
+
+Prints a line per bug and exits with 1 if one survives. C++ bugs are compiled for this machine's CPU variant only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from native import compile_cpu_library  # noqa: E402
+from process import PACKAGE_ROOT, TESTS, run_pytest  # noqa: E402
+
+from mutation.mutants import MUTANTS, QUICK, Mutant  # noqa: E402
+
+SOURCES = TESTS.parent  # csrc/ is there; the package may be installed elsewhere
+
+
+class Workspace:
+    """A copy of the package (with its libraries) and of the native sources, in which one bug is planted at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignore = shutil.ignore_patterns("__pycache__", "assets")
+        shutil.copytree(PACKAGE_ROOT / "fastkd", folder / "fastkd", ignore=ignore)
+        shutil.copytree(SOURCES / "csrc", folder / "csrc", ignore=ignore)
+
+    def test(self, mutant: Mutant, **environment) -> str:
+        """``passed``, ``failed``, or what else pytest said."""
+        done = run_pytest("-x", *mutant.tests, root=self.folder, **environment)
+        words = {0: "passed", 1: "failed"}
+        return words.get(
+            done.returncode, f"error: pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}"
+        )
+
+    def judge(self, mutant: Mutant) -> str:
+        """``killed``, ``survived``, or an error."""
+        path = self.folder / mutant.file
+        original = path.read_text()
+        if original.count(mutant.old) != 1:
+            return f"error: {mutant.old!r} occurs {original.count(mutant.old)} times in {mutant.file}"
+        path.write_text(original.replace(mutant.old, mutant.new))
+        try:
+            environment = {}
+            if mutant.file.startswith("csrc/"):
+                library = self.folder / "planted.so"
+                compile_cpu_library(self.folder, library)
+                environment["FASTKD_CPU_LIBRARY"] = library
+            result = self.test(mutant, **environment)
+        except AssertionError as error:
+            return f"error: does not compile\n{error}"
+        finally:
+            path.write_text(original)
+        return {"passed": "survived", "failed": "killed"}.get(result, result)
+
+
+def select(words: list[str]) -> list[Mutant]:
+    return [m for m in MUTANTS if all(w.lower() in f"{m.name} {m.file}".lower() for w in words)]
+
+
+def main(arguments: list[str]) -> int:
+    if "--quick" in arguments:
+        chosen = [m for m in MUTANTS if m.name in QUICK]
+    else:
+        chosen = select([a for a in arguments if not a.startswith("--")])
+    if "--list" in arguments:
+        print(*(f"{m.name} ({m.file})" for m in chosen), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder))
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            clean = workspace.test(Mutant("", "", "", "", tests))
+            if clean != "passed":
+                print(f"without a bug: {' '.join(tests)}: {clean}")
+                return 1
+        found = {}
+        for mutant in chosen:
+            start = time.time()
+            found[mutant.name] = workspace.judge(mutant)
+            print(f"{found[mutant.name]:9} {time.time() - start:5.1f} s  {mutant.name} ({mutant.file})", flush=True)
+    killed = list(found.values()).count("killed")
+    print(f"{killed} of {len(found)} planted bugs found")
+    return 0 if killed == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
