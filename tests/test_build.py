@@ -127,6 +127,20 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     assert done.stdout.strip() == fastkd.__version__, "pyproject.toml and fastkd/__init__.py disagree"
 
 
+@pytest.mark.skipif(not os.environ.get("CI"), reason="CI has a compiler; another machine may go without")
+def test_ci_has_the_native_library():
+    assert _native.why_not_loaded("cpu") is None
+
+
+def test_environment_variables_are_documented():
+    """The one table of CONTRIBUTING.md names every variable that is read anywhere."""
+    sources = [*ROOT.glob("*.py"), *(f for d in ("fastkd", "tests", "benchmarks") for f in (ROOT / d).rglob("*.py"))]
+    used = {name for f in sources for name in re.findall(r"environ[^\n]{0,12}?[\"'](FASTKD_\w+)", f.read_text())}
+    assert len(used) > 5
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not {name for name in used if f"| `{name}` |" not in table}
+
+
 def test_ci_runs_the_command_of_the_readme():
     command = "pip install '.[test]' && pytest"
     assert command in (ROOT / "README.md").read_text(), f"the README must say: {command}"
