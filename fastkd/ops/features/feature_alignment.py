@@ -218,7 +218,8 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
     narrow = case.get("student_width", width)
     student = torch.randn(batch, tokens + 1, narrow, generator=random)
     teacher = 3 * torch.randn(batch, tokens + 1, width, generator=random) + 0.5
-    teacher[0, 1] = 0 if case.get("zero_row") else teacher[0, 1]
+    if case.get("zero_row"):
+        teacher[0, 1] = 0
     teacher_dtype = torch.float32 if case.get("teacher_float32") and dtype != torch.float64 else dtype
     student, teacher = student.to(device, dtype), teacher.to(device, teacher_dtype)
     if case.get("strided"):  # without the first token; the teacher's channels are not dense either
