@@ -211,8 +211,8 @@ def table(rows: list[dict], ratio: float):
     return result
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Images per second over the mask ratio, one line a mode, one panel a dtype."""
+def plot(rows: list[dict], path: Path, description: str = "") -> None:
+    """Images per second over the mask ratio, one line a mode, one panel a dtype; `description` goes into the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +238,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.suptitle(f"{first['teacher']} -> {first['student']}, batch {first['batch']}, {first['device']}", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Description": description})
     plt.close(figure)
 
 

@@ -1,0 +1,318 @@
+"""Turns committed rows (benchmarks/results/*.jsonl) into the tables and plots of README.md and docs/.
+
+    python benchmarks/report.py            # rewrites what is out of date
+    python benchmarks/report.py --check    # fails where something is out of date, changes nothing
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``; `TABLES` lists the names. docs/ops.md is written
+whole, from the OpSpecs. No number in these places is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common import RESULTS, ROOT, read_rows
+
+PAGES = ("README.md", "docs/performance.md")
+MARKER = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def rows_of(name: str) -> list[dict]:
+    path = RESULTS / f"{name}.jsonl"
+    return read_rows(path) if path.exists() else []
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(columns))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
+
+
+def short(dtype: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def conditions(rows: list[dict]) -> str:
+    """One line on what was measured, where and when."""
+    row = rows[0]
+    compiled = next((f"; compiled: {r['compile']}" for r in rows if "compile" in r), "")
+    roofs = {short(r["dtype"]): f"{number(r['roof_tflops'])} TFLOP/s {short(r['dtype'])}" for r in rows}
+    parts = [
+        f"{row['teacher']} -> {row['student']}, decoder {row['decoder']}, batch {row['batch']}, {row['rounds']} rounds",
+        f"{row['device']}, {row['threads']} threads" if row["device_type"] == "cpu" else row["device"],
+        f"matmul roof {', '.join(roofs.values())}{compiled}",
+        f"torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {row['date']}",
+    ]
+    return f"<sub>{'; '.join(parts)}</sub>"
+
+
+def find(rows: list[dict], mode: str, ratio: float, dtype: str) -> dict | None:
+    return next((r for r in rows if (r["mode"], r["mask_ratio"], r["dtype"]) == (mode, ratio, dtype)), None)
+
+
+def ratios_of(rows: list[dict]) -> list[float]:
+    return sorted({r["mask_ratio"] for r in rows})
+
+
+def headline(rows: list[dict]) -> str:
+    """How many times faster the exact step is, per mask ratio."""
+    dtype = "bfloat16" if any(r["dtype"] == "bfloat16" for r in rows) else rows[0]["dtype"]
+    lines = []
+    for text, mode, key in (
+        (f"images/s, fastkd exact, {short(dtype)}", "exact", "images_per_second"),
+        (f"against the published recipe in {short(dtype)}", "exact", "speedup_vs_released"),
+        ("against the published recipe in fp32", "exact", "speedup_vs_released_float32"),
+        ("against torch.compile of the same savings", "exact", "speedup_vs_compiled"),
+        ("with a quarter of the masked patches decoded *", "decode_25", "speedup_vs_released"),
+    ):
+        if key == "speedup_vs_released_float32" and dtype == "float32":
+            continue
+        found = [find(rows, mode, ratio, dtype) for ratio in ratios_of(rows)]
+        values = [row and row.get(key) for row in found]
+        if any(values):
+            show = number if key == "images_per_second" else times
+            lines.append([text, *map(show, values)])
+    table = markdown(["masked patches", *(f"{r:.0%}" for r in ratios_of(rows))], lines)
+    return f"{table}\n\n{conditions(rows)}<br>\n<sub>\\* against the published recipe in {short(dtype)}; not the same loss, the other lines are.</sub>"
+
+
+def step_table(rows: list[dict]) -> str:
+    """Every mode: images/s and ratios, one line per mask ratio and mode."""
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["mask_ratio"], list({r["dtype"]: 0 for r in rows}).index(r["dtype"]))):
+        low, high = row["images_per_second_quartiles"]
+        name = row["mode"] if row["exact"] else f"{row['mode']} *"
+        lines.append([
+            f"{row['mask_ratio']:.0%}", f"**{name}**" if row["mode"] == "exact" else name, short(row["dtype"]),
+            number(row["images_per_second"]), f"{number(low)} - {number(high)}",
+            *(times(row[f"speedup_vs_{other}"]) for other in ("released", "eager", "compiled", "released_float32")),
+            f"{100 * row['roof_fraction']:.0f} %", number(row["peak_memory_bytes"] / 1e6, 4),
+        ])  # fmt: skip
+    columns = ["masked", "mode", "dtype", "img/s", "quartiles", "released", "eager", "compiled", "released fp32", "roof", "MB"]
+    return f"{markdown(columns, lines, 3)}\n\n{conditions(rows)}"
+
+
+def stage_table(rows: list[dict]) -> str:
+    """Milliseconds per stage and mode."""
+    stages = ("data", "teacher", "student", "decoder", "loss", "optimiser")
+    lines = []
+    for row in sorted((r for r in rows if r["stage_seconds"]), key=lambda r: (r["mask_ratio"], r["dtype"])):
+        seconds = [row["stage_seconds"][stage] for stage in stages]
+        share = [f"{1e3 * s:.3g}" for s in seconds]
+        lines.append([f"{row['mask_ratio']:.0%}", row["mode"], short(row["dtype"]), *share, f"{1e3 * sum(seconds):.4g}"])
+    return markdown(["masked", "mode", "dtype", *(f"{s} ms" for s in stages), "step ms"], lines, 3)
+
+
+def compact_table(rows: list[dict]) -> str:
+    """Images/s of each mode side by side, one line per mask ratio and dtype."""
+    lines, modes = [], ("released", "eager", "compiled", "exact", "decode_25", "cross")
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    for ratio in ratios_of(rows):
+        for dtype in dtypes:
+            found = {m: find(rows, m, ratio, dtype) for m in modes}
+            exact = found["exact"]
+            if exact is None:
+                continue
+            speed = [number(r["images_per_second"]) if r else "-" for r in found.values()]
+            speed[3] = f"**{speed[3]}**"
+            lines.append([
+                f"{ratio:.0%}", short(dtype), *speed, times(exact["speedup_vs_released"]), times(exact["speedup_vs_compiled"]),
+                times(exact["speedup_vs_released_float32"]), f"{100 * exact['roof_fraction']:.0f} %",
+            ])  # fmt: skip
+    columns = ["masked", "dtype", "released", "eager", "compiled", "**exact**", "decode_25 *", "cross *"]
+    columns += ["exact / released", "exact / compiled", "exact / released fp32", "exact, of matmul roof"]
+    note = "<sub>images/s; * another loss (a quarter of the masked patches) or another decoder (cross-attention): not exact</sub>"
+    return f"{markdown(columns, lines, 2)}\n\n{note}<br>\n{conditions(rows)}"
+
+
+def gpu_rows() -> list[dict]:
+    """Rows of the runs on a GPU; where a ratio was also run with `compiled`, that run counts."""
+    rows = rows_of("dmae_throughput_cuda")
+    for path in sorted(RESULTS.glob("dmae_throughput_cuda_*.jsonl")):
+        more = read_rows(path)
+        replaced = {(r["mode"], r["mask_ratio"], r["dtype"]) for r in more}
+        rows = [r for r in rows if (r["mode"], r["mask_ratio"], r["dtype"]) not in replaced] + more
+    return rows
+
+
+def gpu_table() -> str:
+    rows = gpu_rows()
+    return compact_table(rows) if rows else "Nothing has been measured on a GPU yet."
+
+
+def demo_table() -> str | None:
+    """Held-out accuracy of the demo's full run, mean over seeds."""
+    rows = [r for r in rows_of("demo_dmae") if "knn" in r]
+    if not rows:
+        return None
+    lines = []
+    for name, ratio in dict.fromkeys((r["name"], r["ratio"]) for r in rows):
+        mine = [r for r in rows if (r["name"], r["ratio"]) == (name, ratio)]
+        cells = []
+        for key in ("knn", "linear"):
+            values = [100 * r[key] for r in mine]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append([f"{ratio:.0%}" if ratio else "", name, *cells, str(len(mine))])
+    return markdown(["masked", "", "kNN, %", "linear probe, %", "seeds"], lines, 2)
+
+
+def if_measured(render: Callable[[list[dict]], str], name: str = "dmae_throughput_cpu") -> Callable[[], str | None]:
+    return lambda: render(rows) if (rows := rows_of(name)) else None
+
+
+TABLES: dict[str, Callable[[], str | None]] = {
+    "headline": if_measured(headline),
+    "dmae_cpu": if_measured(compact_table),
+    "dmae_cpu_all": if_measured(step_table),
+    "dmae_cpu_stages": if_measured(stage_table),
+    "gpu": gpu_table,
+    "demo": demo_table,
+}
+
+
+def filled(text: str, page: str) -> str:
+    """The page with every table up to date; a table without committed rows stays as it is."""
+
+    def replace(match: re.Match) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise SystemExit(f"{page}: unknown table {name!r}, expected one of {', '.join(TABLES)}")
+        table = TABLES[name]()
+        return match[0] if table is None else f"{match[1]}{table}\n{match[3]}"
+
+    return MARKER.sub(replace, text)
+
+
+def backends(spec) -> list[str]:
+    """Backends that are written for an op, whether or not they can run on this machine."""
+    native = (ROOT / "csrc" / "ops.cpp").read_text()
+    names = ["reference"]
+    if any(f'"{kernel.name}(' in native or kernel._cpp for kernel in spec.kernels):
+        names.append("cpp")
+    if all(kernel._triton for kernel in spec.kernels):
+        names.append("triton")
+    if all(kernel._has_cuda for kernel in spec.kernels):
+        names.append("cuda")
+    return names
+
+
+def ops_page() -> str:
+    """docs/ops.md: every op with shapes, backends, dtypes, bytes and measured ratios."""
+    import torch
+
+    from fastkd.ops import SPECS
+
+    on_gpu = {(r["op"], r["backend"]) for r in rows_of("check") if r.get("passed") and "backend" in r}
+    overview = []
+    for name, spec in SPECS.items():
+        case = next(iter(spec.bench))
+        kwargs = spec.build(spec.bench[case], torch.float32, "cpu")
+        gpu = [b for b in ("triton", "cuda") if (name, b) in on_gpu]
+        overview.append([
+            f"[`{name}`](#{name})", ", ".join(backends(spec)), ", ".join(gpu) or "not yet",
+            ", ".join(f"`{n}`" for n in spec.differentiable) or "-", case, number(spec.bytes_moved(kwargs) / 1e6),
+            number(spec.flops(kwargs) / 1e9),
+        ])  # fmt: skip
+    text = [
+        "# Ops", "",
+        "Written by `python benchmarks/report.py` from the OpSpecs and from the rows in benchmarks/results.", "",
+        "`reference` is plain PyTorch and runs anywhere in every floating dtype; `cpp` takes float32, bfloat16, float16 and",
+        "float64; `triton` and `cuda` take float32, bfloat16 and float16. MB are the fewest that forward and backward must move",
+        "in float32 in the named benchmark case; `fastkd info` says which backend runs on your machine.", "",
+        markdown(["op", "written for", "checked on a GPU", "gradients", "case", "MB", "GFLOP"], overview, 5), "",
+    ]  # fmt: skip
+    for title, file in (("Measured on a CPU", "ops_cpu"), ("Measured on a GPU", "ops_cuda")):
+        if rows := rows_of(file):
+            text += [f"## {title}", "", measured_ops(rows), ""]
+    for name, spec in SPECS.items():
+        signature = f"{name}{inspect.signature(spec.function)}".replace("torch.", "")
+        text += [f"## {name}", "", "```", signature, "", inspect.getdoc(spec.function), "```", ""]
+    return "\n".join(text)
+
+
+def measured_ops(rows: list[dict]) -> str:
+    best = {}
+    for row in rows:
+        best.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
+    lines = []
+    for (op, case, dtype), found in best.items():
+        for backend in [b for b in found if b not in ("eager", "compiled", "sdpa")]:
+            row = found[backend]
+            lines.append([
+                f"`{op}`", case, short(dtype), backend, number(1e3 * row["seconds"]), times(row["speedup_vs_eager"]),
+                times(row["speedup_vs_compiled"]), times(row["speedup_vs_sdpa"]), number(row["gigabytes_per_second"]),
+                f"{100 * row['copy_roof_fraction']:.0f} %", number(row["tflops"]),
+            ])  # fmt: skip
+    columns = ["op", "case", "dtype", "backend", "ms", "eager", "compiled", "sdpa", "GB/s", "of copy roof", "TFLOP/s"]
+    row = rows[0]
+    place = f"{row['device']}, {row['threads']} threads, copy roof {number(row['copy_roof_gigabytes_per_second'])} GB/s"
+    note = f"<sub>Forward and backward; {place}; torch {row['torch']}, commit {row['commit']}, {row['date']}</sub>"
+    return f"{markdown(columns, lines, 4)}\n\n{note}"
+
+
+def digest(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plots() -> dict[Path, list[dict]]:
+    found = {ROOT / "docs/dmae_throughput.png": rows_of("dmae_throughput_cpu"), ROOT / "docs/dmae_throughput_gpu.png": gpu_rows()}
+    return {path: rows for path, rows in found.items() if rows}
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest of the rows that a plot was drawn from."""
+    if not path.exists():
+        return None
+    from PIL import Image
+
+    return Image.open(path).info.get("Description")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where something is out of date")
+    args = parser.parse_args(argv)
+    stale = []
+    pages = {ROOT / page: filled((ROOT / page).read_text(), page) for page in PAGES if (ROOT / page).exists()}
+    pages[ROOT / "docs/ops.md"] = ops_page()
+    for path, text in pages.items():
+        if not path.exists() or path.read_text() != text:
+            stale.append(path)
+            if not args.check:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+    for path, rows in plots().items():
+        if drawn_from(path) != digest(rows):
+            stale.append(path)
+            if not args.check:
+                from dmae_throughput import plot
+
+                plot(rows, path, digest(rows))
+    for path in stale:
+        print(f"{'out of date' if args.check else 'written'}: {path.relative_to(ROOT)}")
+    if args.check and stale:
+        print("run: python benchmarks/report.py", file=sys.stderr)
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

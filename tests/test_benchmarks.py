@@ -1,0 +1,94 @@
+"""The benchmarks: FLOP counts, the equality gate, the rows that they write, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import dmae_throughput  # noqa: E402
+import flops  # noqa: E402
+import modes  # noqa: E402
+import report  # noqa: E402
+from baselines import Recipe, eager, released  # noqa: E402
+
+TINY = Recipe("micro", "micro", image=32, patch=8, decoder_width=64, decoder_blocks=2, decoder_heads=2)
+ARGUMENTS = (
+    "--device cpu --teacher micro --student micro --image 32 --patch 8 --decoder 2x64x2 --dtypes float32 --batch 2 --rounds 2"
+)
+
+
+@pytest.mark.parametrize("ratio, published", [(0.75, 100.2), (0.9, 66.1), (0.95, 54.8), (0.98, 48.1)])
+def test_flops_of_the_published_step(ratio, published):
+    counted = sum(flops.step(Recipe("large", "base"), "released", ratio, batch=128).values())
+    assert counted / 1e9 == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("name, model", [("released", released.DMAE), ("eager", lambda r: eager.DMAE(r, written_out=True))])
+def test_flops_are_those_that_torch_counts(name, model):
+    model, batch = model(TINY), modes.Batch.random(TINY, 2)
+    with FlopCounterMode(display=False) as counter:
+        model(batch.floats, batch.noise, 0.75)["loss"].backward()
+    assert 2 * sum(flops.step(TINY, name, 0.75, 2).values()) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_gate_passes_the_right_step_and_stops_a_wrong_one():
+    torch.manual_seed(0)
+    base, batch = released.DMAE(TINY), modes.Batch.random(TINY, 4)
+    chosen = [modes.Mode(name, "float32", base, "cpu") for name in ("released", "eager", "exact", "decode_25", "cross")]
+    found = modes.gate(chosen, base, batch, 0.75, "cpu")
+    assert found["exact float32"]["worst_gradient_error"] < 1e-4 and found["exact float32"]["peak_bytes"] > 0
+    chosen[2].run.model.alpha = 0.99
+    with pytest.raises(SystemExit, match="exact float32 at 75% is NOT the published step"):
+        modes.gate(chosen, base, batch, 0.75, "cpu")
+
+
+def test_rows_and_tables(tmp_path, monkeypatch):
+    rows = dmae_throughput.main([*ARGUMENTS.split(), "--modes", "released,eager,exact", "--ratios", "0.75", "--out", str(tmp_path)])
+    wanted = (
+        "benchmark, mode, mask_ratio, dtype, device, batch, images_per_second, speedup_vs_released, speedup_vs_eager, "
+        "speedup_vs_compiled, roof_fraction, peak_memory_bytes, commit, torch, triton, date"
+    ).split(", ")
+    written = [json.loads(line) for line in (tmp_path / "dmae_throughput_cpu.jsonl").read_text().splitlines()]
+    assert [row["mode"] for row in written] == ["released", "eager", "exact"] == [row["mode"] for row in rows]
+    assert all(set(wanted) <= set(row) and 0 < row["roof_fraction"] < 1.5 for row in written)
+    assert all(set(row["stage_seconds"]) == set(dmae_throughput.STAGES) for row in written)
+    assert all(row["stage_seconds"][stage] > 0 for row in written for stage in ("teacher", "student", "decoder", "optimiser"))
+    assert (tmp_path / "dmae_throughput_cpu.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = "before\n<!-- table:dmae_cpu -->\nold\n<!-- /table -->\nafter\n"
+    filled = report.filled(page, "page")
+    speed = report.number(written[2]["images_per_second"])
+    assert f"**{speed}**" in filled and "old" not in filled and filled.startswith("before\n") and filled.endswith("\nafter\n")
+    assert report.filled(filled, "page") == filled
+    with pytest.raises(SystemExit, match="unknown table 'none'"):
+        report.filled("<!-- table:none -->\n<!-- /table -->", "page")
+
+
+def test_pages_are_up_to_date():
+    assert report.main(["--check"]) == 0, "run: python benchmarks/report.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="provokes the failure of a machine without a GPU")
+def test_gpu_suite_survives_a_failing_part_and_repeats_it(tmp_path):
+    def suite(*arguments: str) -> tuple[int, dict[str, str]]:
+        command = [sys.executable, ROOT / "benchmarks/gpu_suite.py", "--dry-run", "--out", tmp_path, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        rows = map(json.loads, (tmp_path / "summary.jsonl").read_text().splitlines())
+        return done.returncode, {row["part"]: row["status"] for row in rows}
+
+    code, status = suite("--device", "cuda", "--parts", "roofs,build")
+    assert code != 0 and status["build"].startswith("failed") and status["roofs"].startswith("failed")
+    code, status = suite("--device", "cpu", "--parts", "roofs")
+    assert code == 0 and status["roofs"] == "ok" and status["build"].startswith("failed")
+    roofs = [json.loads(line) for line in (tmp_path / "roofs.jsonl").read_text().splitlines()]
+    assert {row["roof"] for row in roofs} == {"copy", "matmul"}
