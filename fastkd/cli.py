@@ -1,4 +1,4 @@
-"""The command line: ``fastkd distill | demo | bench | info | export``. Heavy imports wait until a command needs them."""
+"""The command line: ``fastkd distill | demo | bench | info | export``. Heavy imports wait for the command."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def export(arguments: list[str]) -> int:
     """Write a student for timm, transformers or fastkd."""
     options = _parse(Export, "export", arguments)
     if options.format != "transformers" and options.out.suffix != ".safetensors":
-        raise ConfigError([problem("out", options.out, f"a name that ends in .safetensors for --format {options.format}")])
+        expected = f"a name that ends in .safetensors for --format {options.format}"
+        raise ConfigError([problem("out", options.out, expected)])
     from fastkd.models import MaskedAutoencoderViT, export_timm, load_vit, save, to_transformers
     from fastkd.train.build import EXPECTED, weights_of
 
@@ -95,7 +96,7 @@ def demo(arguments: list[str]) -> int:
 
     listing = "\n".join(f"  {name:10} {line}" for name, line in DEMOS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _say(f"usage: fastkd demo NAME [OPTIONS]   (fastkd demo NAME --help lists the options)\n\n{listing}", 0, sys.stdout)
+        return _usage("fastkd demo NAME", listing)
     if arguments[0] not in DEMOS:
         return _say(f"fastkd demo: NAME: got {arguments[0]!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
     import importlib
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> int:
     listing = "\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _say(f"usage: fastkd COMMAND [OPTIONS]   (fastkd COMMAND --help lists the options)\n\n{listing}", 0, sys.stdout)
+        return _usage("fastkd COMMAND", listing)
     if arguments[0] in ("-V", "--version"):
         import fastkd
 
@@ -161,6 +162,10 @@ def _run(arguments: list[str]) -> int:
 def _parse(target, command: str, arguments: list[str]):
     """A dataclass filled from arguments; wrong ones end the process with code 2 and a message."""
     return tyro.cli(target, prog=f"fastkd {command}", args=arguments)
+
+
+def _usage(command: str, listing: str) -> int:
+    return _say(f"usage: {command} [OPTIONS]   ({command} --help lists the options)\n\n{listing}", 0, sys.stdout)
 
 
 def _say(text: str, code: int, file=None) -> int:

@@ -58,7 +58,8 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _libraries() -> dict:
@@ -111,7 +112,8 @@ def _missing() -> list[str]:
     extras = dict(timm="models", transformers="models", onnx="models")
     absent = [name for name in extras if _versions()[name] is None]
     if absent:
-        found.append(f"{', '.join(absent)} not installed (reading and writing their models): pip install 'fastkd[models]'")
+        what = "not installed (reading and writing their models)"
+        found.append(f"{', '.join(absent)} {what}: pip install 'fastkd[models]'")
     if torch.cuda.is_available() and _versions()["triton"] is None:
         found.append("triton is not installed (GPU kernels): pip install triton")
     return found
@@ -131,8 +133,8 @@ def _show(facts: dict) -> None:
     cpu, native = facts["cpu"], facts["native"]
     line("CPU", f"{cpu['model']}, {cpu['cores']} cores: {' '.join(cpu['features']) or 'features unknown'}")
     line("GPU", ", ".join(facts["gpus"]) or "none that torch sees")
-    built = f"built {native['date']} for torch headers {native['torch_headers']}" if native["date"] else "no build record"
-    line("native", f"{built}; CPU library in use: {native['cpu_loaded'] or 'none'}")
+    built = "built {date} for torch headers {torch_headers}" if native["date"] else "no build record"
+    line("native", f"{built.format(**native)}; CPU library in use: {native['cpu_loaded'] or 'none'}")
     for name, flags in native["built"].items():
         line("", f"{name}: {flags}")
     for name, reason in native["not_built"].items():

@@ -57,19 +57,19 @@ def test_help_does_not_wait_for_torch():
     assert done.returncode == 0 and "--data: got /nowhere, expected an existing folder" in done.stderr
 
 
+RUN = "distill --teacher none --student vit_tiny_patch16 --data . --out run".split()
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["distil"], ["COMMAND: got 'distil', expected one of", "distill"]),
         (["distill", "--teacher", "x"], ["--student", "--data", "--out"]),
-        (["distill", "--teacher", "x", "--student", "y", "--data", ".", "--out", "z", "--mask-ratio", "lots"],
-         ["--mask-ratio", "lots"]),
-        (["distill", "--teacher", "x", "--student", "y", "--data", ".", "--out", "z", "--mask-rato", "0.9"],
-         ["--mask-rato", "--mask-ratio"]),
-        (["distill", "--teacher", "x", "--student", "y", "--data", ".", "--out", "z", "--loss", "l3"], ["l3", "smooth_l1"]),
-        (["distill", "--teacher", "none", "--student", "y", "--data", "/nowhere", "--out", "z", "--mask-ratio", "95",
-          "--no-reconstruct", "--steps", "0"],
-         ["--data: got /nowhere, expected an existing folder", "--mask-ratio: got 95.0, expected a number between 0 and 1",
+        ([*RUN, "--mask-ratio", "lots"], ["--mask-ratio", "lots"]),
+        ([*RUN, "--mask-rato", "0.9"], ["--mask-rato", "--mask-ratio"]),
+        ([*RUN, "--loss", "l3"], ["l3", "smooth_l1"]),
+        ([*RUN, "--data", "/nowhere", "--mask-ratio", "95", "--no-reconstruct", "--steps", "0"],
+         ["--data: got /nowhere, expected an existing folder", "--mask-ratio: got 95.0, expected a number between",
           "--reconstruct: got False", "--steps: got 0, expected at least 1"]),
         (["demo", "nothing"], ["NAME: got 'nothing', expected one of"]),
         (["export", "nowhere.pth", "--out", "x.bin"], ["--out: got x.bin, expected a name that ends in .safetensors"]),
@@ -99,10 +99,10 @@ def test_distill_and_export(capsys, tmp_path):
     assert code == 0 and "timm.create_model(" in out
     encoder = load_vit(tmp_path / "timm.safetensors")
     assert not isinstance(encoder, MaskedAutoencoderViT) and encoder.depth == 3
-    code, out, _ = fastkd(
-        capsys, "export", run / "checkpoints/last", "--format", "safetensors", "--img-size", "24", "--out", tmp_path / "own.safetensors",
-    )  # fmt: skip
-    assert code == 0 and load_vit(tmp_path / "own.safetensors").img_size == (24, 24)
+    own = tmp_path / "own.safetensors"
+    arguments = ["--format", "safetensors", "--img-size", "24", "--out", own]
+    code, out, _ = fastkd(capsys, "export", run / "checkpoints/last", *arguments)
+    assert code == 0 and load_vit(own).img_size == (24, 24)
     code, _, err = fastkd(
         capsys, "export", tmp_path / "timm.safetensors", "--format", "transformers", "--out", tmp_path / "hf"
     )

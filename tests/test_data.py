@@ -58,9 +58,7 @@ def test_folder_errors_say_what_to_do(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(pictures, workers):
     options = dict(size=SIZE, batch_size=4, num_patches=10, seed=5)
-    assert_same(
-        take(ImageLoader(pictures, workers=workers, **options), 8), take(ImageLoader(pictures, **options), 8)
-    )
+    assert_same(take(ImageLoader(pictures, workers=workers, **options), 8), take(ImageLoader(pictures, **options), 8))
 
 
 @pytest.mark.parametrize("done", [2, 3, 7])  # inside, at the end of, and after two epochs of three batches
@@ -96,10 +94,11 @@ def test_resume_refuses_what_would_change_the_batches(pictures):
 
 def test_epochs_visit_every_image_once_in_another_order_with_other_crops(pictures):
     batches = take(ImageLoader(pictures, SIZE, 4), 6)
-    orders = [torch.cat([b.indices for b in part]) for part in (batches[:3], batches[3:])]
+    epochs = batches[:3], batches[3:]
+    orders = [torch.cat([b.indices for b in epoch]) for epoch in epochs]
     assert all(sorted(order.tolist()) == list(range(12)) for order in orders)
     assert not torch.equal(*orders)
-    views = [torch.cat([b.images for b in part])[order.argsort()] for part, order in zip((batches[:3], batches[3:]), orders)]
+    views = [torch.cat([b.images for b in epoch])[order.argsort()] for epoch, order in zip(epochs, orders)]
     assert all(not torch.equal(a, b) for a, b in zip(*views))
 
 

@@ -21,6 +21,7 @@ from .config import ConfigError, DistillConfig, problem
 from .distributed import Processes
 
 _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # What loading a model reports when the source is wrong, as opposed to a bug.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
@@ -34,7 +35,6 @@ def weights_of(source: str | Path) -> str | Path:
 def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
     """The student: a new one by name, or one from a checkpoint. ValueError where it is neither."""
     if Path(config.student).expanduser().exists():
-
         student = load_vit(weights_of(config.student), img_size=config.img_size)
         if not isinstance(student, MaskedAutoencoderViT):
             raise ValueError("got an encoder without decoder, expected a masked autoencoder")
@@ -63,10 +63,10 @@ def build_teacher(config: DistillConfig, img_size: tuple[int, int]) -> VisionTra
     return None if config.teacher == "none" else load_vit(weights_of(config.teacher), img_size=img_size)
 
 
-def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
-    """The method with student and teacher, and the config with everything resolved that depends on them.
+def build(config: DistillConfig, device: torch.device) -> tuple[DMAE, DistillConfig]:
+    """The method with student and teacher on a device, and the config with everything resolved that depends on them.
 
-    The new weights are fixed by ``config.seed``.
+    The new weights are fixed by ``config.seed``. A teacher that runs in 16 bits keeps its weights so.
 
     Raises:
         ConfigError: names, paths, blocks or sizes that do not fit; as many problems at once as can be found.
@@ -84,7 +84,8 @@ def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
         problems.append(f"--teacher: {error}")
     if problems:
         raise ConfigError(problems)
-    changes = dict(img_size=student.img_size, in_chans=student.in_chans)
+    changes = dict(img_size=student.img_size, in_chans=student.in_chans, amp=choose_amp(config.amp, device))
+    student.residual_dtype = torch.float32 if config.residual == "fp32" else None
     if teacher is not None:
         changes["student_blocks"] = config.student_blocks or (default_block(student.depth),)
         changes["teacher_blocks"] = config.teacher_blocks or (default_block(teacher.depth),)
@@ -101,7 +102,7 @@ def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
         raise ConfigError(problems)
     try:
         if teacher is not None:
-            teacher = Teacher(teacher, config.teacher_blocks)
+            teacher = Teacher(teacher, config.teacher_blocks, dtype=AMP[config.amp])
         torch.manual_seed(config.seed + 1)  # projectors: the same whatever was drawn above
         model = DMAE(
             student,
@@ -116,7 +117,7 @@ def build(config: DistillConfig) -> tuple[DMAE, DistillConfig]:
         )
     except (ValueError, TypeError) as error:
         raise ConfigError([str(error)]) from error
-    return model, config
+    return model.to(device).train(), config
 
 
 def default_block(depth: int) -> int:
@@ -134,7 +135,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
 
 
 def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple[ImageLoader, DistillConfig]:
-    """The training images, and the config with length, learning rate and precision resolved to numbers."""
+    """The training images, and the config with length and learning rate in numbers."""
     try:
         folder = ImageFolder(config.data)
     except (OSError, ValueError) as error:
@@ -162,13 +163,12 @@ def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple
         epochs=epochs,
         warmup_epochs=epochs / 5 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
-        amp=choose_amp(config.amp, group.device),
         val_every=config.val_every or max(1, steps // 10),
     )
 
 
 def choose_workers(workers: int, on_gpu: bool, processes_here: int) -> int:
-    """Decoding processes: on a GPU machine all cores, on a CPU a quarter of them, since training needs the cores too."""
+    """Decoding processes: on a GPU machine all cores; on a CPU a quarter of them, for training needs the others."""
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

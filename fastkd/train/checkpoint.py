@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: a folder is written aside, flushed to disk, then renamed into place.
 
-    checkpoints/last/student.safetensors    the student; `fastkd.models.load_vit` reads it
-    checkpoints/last/train_state.pt         projectors, optimiser, data position, random states (plain tensors and numbers)
+* checkpoints/last/student.safetensors    the student; `fastkd.models.load_vit` reads it
+* checkpoints/last/train_state.pt         projectors, optimiser, data position, random state: tensors and numbers
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save(folder: Path, student: nn.Module, state: dict) -> None:
 
 
 def find(source: Path) -> Path | None:
-    """The checkpoint folder that a run folder, ``checkpoints/last`` or a file in it stands for; None if there is none."""
+    """The checkpoint that a run folder, ``checkpoints/last`` or a file in it stands for; None where there is none."""
     source = Path(source).expanduser()
     for folder in (source.parent,) if source.is_file() else (source / "checkpoints/last", source):
         for candidate in (folder, _beside(folder)[1]):

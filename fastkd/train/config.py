@@ -94,6 +94,8 @@ class DistillConfig:
 
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto: bf16 where the hardware has it (on old GPUs fp16), else float32."""
+    residual: Literal["fp32", "amp"] = "fp32"
+    """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = -1
@@ -141,9 +143,9 @@ class DistillConfig:
             need("reconstruct", self.reconstruct, "--reconstruct", "without a teacher pixels are all there is to learn")
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
         need("img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in ("decoder_embed_dim", "decoder_num_heads", "batch_size", "accumulate", "log_every", "val_images"):
+        for argument in "decoder_embed_dim decoder_num_heads batch_size accumulate log_every val_images".split():
             need(argument, getattr(self, argument) >= 1, "at least 1")
-        for argument in ("decoder_depth", "seed", "min_lr", "weight_decay", "val_every", "save_every", "save_minutes"):
+        for argument in "decoder_depth seed min_lr weight_decay val_every save_every save_minutes".split():
             need(argument, getattr(self, argument) >= 0, "at least 0")
         need("epochs", self.epochs > 0, "a positive number")
         need("steps", self.steps is None or self.steps >= 1, "at least 1")
@@ -155,7 +157,8 @@ class DistillConfig:
         need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         need("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two numbers 0 < smallest <= largest <= 1")
         need("workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
-        need("device", self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda", "auto, cpu, cuda or cuda:N")
+        known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
+        need("device", known, "auto, cpu, cuda or cuda:N")
         if self.resume not in ("auto", "never"):
             need("resume", Path(self.resume).expanduser().exists(), "auto, never, or an existing run or checkpoint")
         return found

@@ -11,15 +11,14 @@ from fastkd.data import ImageFolder, load_images
 from fastkd.methods.dmae import DMAE
 
 from .config import ConfigError, DistillConfig
-from .track import RunFolder
+from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
-LOSSES = ("loss", "pixel_loss", "align_loss")
 PICTURES = 6  # rows of the grid
 
 
 class HeldOut:
-    """Centre crops of held-out images, each with a fixed mask; without --val-data a few training images for the grid."""
+    """Centre crops of held-out images, each with a fixed mask; without --val-data a few training images to draw."""
 
     def __init__(self, config: DistillConfig, method: DMAE, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp

@@ -15,18 +15,17 @@ from fastkd.data import ImageLoader
 from fastkd.methods.dmae import DMAE
 
 from . import checkpoint
-from .build import build, build_loader
+from .build import AMP, build, build_loader
 from .config import DistillConfig
 from .distributed import Processes, processes
-from .held_out import LOSSES, HeldOut
+from .held_out import HeldOut
 from .interrupt import Interrupt
 from .optimizer import adamw, set_lr
 from .resume import check_same_run, checkpoint_to_resume
 from .schedule import lr_at
-from .track import Reporter, RunFolder, Stopwatch
+from .track import LOSSES, Reporter, RunFolder, Stopwatch
 
 logger = logging.getLogger("fastkd")
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 class TrainingError(RuntimeError):
@@ -66,11 +65,10 @@ def distill(config: DistillConfig) -> Result:
 def _train(config: DistillConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
     source = checkpoint_to_resume(config, run)
-    method, config = build(config)
+    method, config = build(config, device)
     loader, config = build_loader(config, method, group)
     if source is not None and config.resume == "auto":
         check_same_run(config, run)
-    method.to(device).train()
     if source is not None:
         checkpoint.load_student(source, method.student)
     optimizer = adamw(method, config.lr, config.weight_decay, config.betas)

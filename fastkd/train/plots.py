@@ -71,7 +71,7 @@ def reconstruction(student: MaskedAutoencoderViT, images: Tensor, ratio: float, 
 
 
 @torch.no_grad()
-def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _fill_in(student: MaskedAutoencoderViT, images: Tensor, ratio: float, noise: Tensor) -> tuple[np.ndarray, ...]:
     """(masked input, reconstruction), both uint8 [N, H, W, C] on the CPU."""
     masking = ops.random_masking(len(images), student.num_patches, ratio, noise=noise)
     predicted = student.decode(student(images, masking.ids_keep).tokens, masking.ids_shuffle).float()

@@ -9,9 +9,7 @@ from .config import ConfigError, DistillConfig, problem
 from .track import RunFolder
 
 # What may differ between the two halves of a run: no weight depends on it.
-_FREE = frozenset(
-    "resume out workers device log_every save_every save_minutes val_data val_images val_every".split()
-)
+_FREE = frozenset("resume out workers device log_every save_every save_minutes val_data val_images val_every".split())
 
 
 def checkpoint_to_resume(config: DistillConfig, run: RunFolder) -> Path | None:

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger("fastkd")
+LOSSES = ("loss", "pixel_loss", "align_loss")
 
 
 class RunFolder:
@@ -88,10 +88,9 @@ class Reporter:
         self._console = Console(stderr=True, quiet=quiet)
         self._handlers: list[logging.Handler] = []
         if not quiet:
-            shown = RichHandler(console=self._console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-            written = logging.FileHandler(log)
-            written.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-            self._handlers = [shown, written]
+            self._handlers = [_Shown(self._console), logging.FileHandler(log)]
+            for handler in self._handlers:
+                handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._bar = Progress(
             TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(), console=self._console, disable=quiet or not self._console.is_terminal,
@@ -120,7 +119,7 @@ class Reporter:
 
     def report(self, row: dict) -> None:
         """Shows a line of metrics."""
-        losses = ", ".join(f"{k.removesuffix('_loss')} {row[k]:.4g}" for k in ("loss", "pixel_loss", "align_loss") if k in row)
+        losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4g}" for name in LOSSES)
         status = f"{losses}, {row['images_per_second']:.4g} img/s, data_wait {row['data_wait']:.0%}"
         self._bar.update(self._task, status=status)
         record = f"step {row['step']} epoch {row['epoch']:.3g}: {status}, lr {row['lr']:.3g}"
@@ -129,6 +128,17 @@ class Reporter:
         else:  # the bar already shows it
             for handler in self._handlers[1:]:
                 handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, record, (), None))
+
+
+class _Shown(logging.Handler):
+    """Prints above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 class Stopwatch:
