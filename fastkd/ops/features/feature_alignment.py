@@ -168,7 +168,9 @@ def feature_alignment_loss(
         fix = "" if student.shape[:-1] != teacher.shape[:-1] else "pass a projection weight [Dt, Ds]"
         _check.fail(OP, "student", f"shape {tuple(student.shape)}", f"{tuple(teacher.shape)} like teacher", fix)
     if student.numel() == 0:
-        _check.fail(OP, "student", f"shape {tuple(student.shape)}", "at least one row", "the mean of nothing is undefined")
+        _check.fail(
+            OP, "student", f"shape {tuple(student.shape)}", "at least one row", "the mean of nothing is undefined"
+        )
     if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
         got = f"{teacher.dtype} with a student in {student.dtype}".replace("torch.", "")
         _check.fail(OP, "teacher", got, "float64 on both sides or on none", "cast one of them", TypeError)
