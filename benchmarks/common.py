@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def device_name(device: str) -> str:
     fields = dict(line.split(":", 1) for line in _cpuinfo() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in fields.get("flags", "").split()]
-    return f"{fields.get('model name') or platform.processor() or platform.machine()} ({units[0] if units else 'generic'})"
+    return (
+        f"{fields.get('model name') or platform.processor() or platform.machine()} ({units[0] if units else 'generic'})"
+    )
 
 
 def _cpuinfo() -> list[str]:
@@ -64,8 +67,8 @@ def version(package: str) -> str | None:
 def provenance(device: str) -> dict:
     """Fields that every row carries."""
     row = dict(
-        device=device_name(device), device_type=device, commit=commit(), torch=torch.__version__, triton=version("triton"),
-        python=platform.python_version(), threads=torch.get_num_threads(),
+        device=device_name(device), device_type=device, commit=commit(), torch=torch.__version__,
+        triton=version("triton"), python=platform.python_version(), threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )  # fmt: skip
     if device == "cuda":
@@ -142,7 +145,8 @@ class MatmulRoof:
 
     def sample(self) -> float:
         for a, b in self._operands:
-            speed = 2 * a.numel() * b.shape[0] / seconds(lambda: torch.nn.functional.linear(a, b), self.device, self._repeat)
+            time_of_one = seconds(partial(torch.nn.functional.linear, a, b), self.device, self._repeat)
+            speed = 2 * a.numel() * b.shape[0] / time_of_one
             if speed > self.best:
                 self.best, self.shape = speed, (a.shape[0], b.shape[0], a.shape[1])
         return self.best

@@ -6,7 +6,8 @@
 Modes, all from the same weights, pictures and masks, timed in turn round after round:
 
     released   what the public recipe executes (baselines/released.py)
-    eager      the exact savings in plain PyTorch (baselines/eager.py), with the faster of SDPA and written-out attention
+    eager      the exact savings in plain PyTorch (baselines/eager.py), attention by SDPA or written out, whichever is
+               faster on this machine
     compiled   torch.compile of eager
     exact      fastkd, same loss and gradients
     decode_25  fastkd, reconstructing a random quarter of the masked patches (another loss: not exact)
@@ -24,15 +25,22 @@ import sys
 import time
 from pathlib import Path
 
+import flops
 import torch
 from baselines import Recipe, released
 from common import (
-    DTYPES, ROOT, MatmulRoof, has_bf16_units, paired_ratio, provenance, quartiles, seconds, write_rows,
+    DTYPES,
+    ROOT,
+    MatmulRoof,
+    has_bf16_units,
+    paired_ratio,
+    provenance,
+    quartiles,
+    seconds,
+    write_rows,
 )  # fmt: skip
 from modes import EXACT_MODES, INEXACT_MODES, Batch, Mode, faster_attention, gate
 from stages import STAGES, StageClock, medians, peak_bytes
-
-import flops
 
 MODES = EXACT_MODES + INEXACT_MODES
 
@@ -48,7 +56,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", help="default: all in the first dtype; released, compiled and exact in the others")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 15 on a GPU, 3 on a CPU)")
     parser.add_argument("--repeat", type=int, help="steps per mode and round (default: 3 on a GPU, 1 on a CPU)")
-    parser.add_argument("--compile", choices=("blocks", "whole"), help="what `compiled` compiles (default: whole on a GPU)")
+    parser.add_argument(
+        "--compile", choices=("blocks", "whole"), help="what `compiled` compiles (default: whole on a GPU)"
+    )
     parser.add_argument("--compile-mode", help="mode of torch.compile (default: max-autotune on a GPU)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no new ratio is begun")
     parser.add_argument("--image", type=int, default=224)
@@ -85,7 +95,13 @@ class Benchmark:
         self.args, self.say, self.device = args, say, args.device
         blocks, width, heads = map(int, args.decoder.split("x"))
         self.recipe = Recipe(
-            args.teacher, args.student, args.image, args.patch, decoder_width=width, decoder_blocks=blocks, decoder_heads=heads
+            args.teacher,
+            args.student,
+            args.image,
+            args.patch,
+            decoder_width=width,
+            decoder_blocks=blocks,
+            decoder_heads=heads,
         )
         torch.manual_seed(0)
         self.base = released.DMAE(self.recipe)
@@ -101,9 +117,7 @@ class Benchmark:
     def _build(self, name: str, dtype: str) -> None:
         def build() -> None:
             args = self.args
-            mode = Mode(
-                name, dtype, self.base, args.device, args.compile, args.compile_mode, self.attention[dtype][0]
-            )
+            mode = Mode(name, dtype, self.base, args.device, args.compile, args.compile_mode, self.attention[dtype][0])
             optimizer = mode.run.optimizer
             for group in optimizer.param_groups:  # AdamW's state, so that it counts as resident
                 for p in group["params"]:
@@ -145,7 +159,9 @@ class Benchmark:
             f"{args.rounds} rounds in {time.perf_counter() - ready:.0f} s"
         )
         return [
-            self._row(mode, ratio, times, gated[mode.label], None if mode.compile == "whole" else medians(stages[mode.label]))
+            self._row(
+                mode, ratio, times, gated[mode.label], None if mode.compile == "whole" else medians(stages[mode.label])
+            )
             for mode in self.modes
         ]
 
@@ -157,8 +173,8 @@ class Benchmark:
         )  # fmt: skip
         low, middle, high = quartiles([args.batch / t for t in mine])
         row = dict(
-            benchmark="dmae_throughput", mode=mode.name, exact=mode.exact, mask_ratio=ratio, dtype=mode.dtype, batch=args.batch,
-            teacher=f"vit_{args.teacher}_patch{args.patch}_{args.image}",
+            benchmark="dmae_throughput", mode=mode.name, exact=mode.exact, mask_ratio=ratio, dtype=mode.dtype,
+            batch=args.batch, teacher=f"vit_{args.teacher}_patch{args.patch}_{args.image}",
             student=f"vit_{args.student}_patch{args.patch}_{args.image}",
             decoder=f"{self.recipe.decoder_blocks}x{self.recipe.decoder_width}",
             images_per_second=middle, images_per_second_quartiles=[low, high], rounds=args.rounds, repeat=args.repeat,
@@ -169,7 +185,8 @@ class Benchmark:
         slowest = times.get("released float32")
         row["speedup_vs_released_float32"] = paired_ratio(slowest, mine) if slowest else None
         row |= dict(
-            flops_per_image=sum(counted.values()), peak_memory_bytes=gated.pop("peak_bytes") + self.resident[mode.label],
+            flops_per_image=sum(counted.values()),
+            peak_memory_bytes=gated.pop("peak_bytes") + self.resident[mode.label],
             resident_memory_bytes=self.resident[mode.label],
             stage_seconds=stages, gate=gated, attention="written out" if self.attention[mode.dtype][0] else "sdpa",
         )  # fmt: skip
@@ -228,7 +245,9 @@ def plot(rows: list[dict], path: Path, description: str = "") -> None:
             ratios = [100 * r["mask_ratio"] for r in mine]
             middle = [r["images_per_second"] for r in mine]
             quartile = list(zip(*(r["images_per_second_quartiles"] for r in mine)))
-            style = dict(marker="o", linewidth=2.5 if mode == "exact" else 1.3, linestyle="-" if mine[0]["exact"] else "--")
+            style = dict(
+                marker="o", linewidth=2.5 if mode == "exact" else 1.3, linestyle="-" if mine[0]["exact"] else "--"
+            )
             (line,) = panel.plot(ratios, middle, label=mode if mine[0]["exact"] else f"{mode} (not exact)", **style)
             panel.fill_between(ratios, *quartile, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.set(title=dtype, xlabel="masked patches, %", ylabel="images/s, whole training step", ylim=(0, None))
@@ -265,7 +284,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = benchmark.finish(rows)
     for ratio in dict.fromkeys(row["mask_ratio"] for row in rows):
         console.print(table(rows, ratio))
-    console.print("* not exact: another loss or another model. Stages: forward and backward together; data: host to device.")
+    console.print(
+        "* not exact: another loss or another model. Stages: forward and backward together; data: host to device."
+    )
     for dtype, roof in benchmark.roofs.items():
         console.print(f"matmul roof in {dtype}: {roof.best / 1e12:.4g} TFLOP/s at {roof.shape}")
     plot(rows, args.out / f"{name}.png")

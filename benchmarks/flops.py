@@ -8,7 +8,9 @@ from __future__ import annotations
 from baselines import SIZES, Recipe
 
 
-def block(width: int, tokens: int, queries: int | None = None, context: int | None = None, qkv: int | None = None) -> int:
+def block(
+    width: int, tokens: int, queries: int | None = None, context: int | None = None, qkv: int | None = None
+) -> int:
     """Forward of one block.
 
     `queries` tokens get an output (default all); keys and values come from `context` tokens (default all);

@@ -43,8 +43,8 @@ class Part:
         print("$", " ".join(command), flush=True)
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                timeout=limit or self.left or 1,
+                command, cwd=ROOT, env=os.environ | environment, timeout=limit or self.left or 1,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             output = error.stdout or b""
@@ -110,8 +110,9 @@ def check(part: Part) -> None:
 
 
 def check_op(part: Part) -> None:
-    from fastkd.ops import SPECS, backend
     from op_checks import check_accuracy, evaluate
+
+    from fastkd.ops import SPECS, backend
 
     spec, part.name = SPECS[part.op], f"check_{part.op}"
     dtypes = [DTYPES[n] for n in (("float32",) if part.dry_run else DTYPES)]
@@ -130,7 +131,9 @@ def check_op(part: Part) -> None:
                     check_accuracy(spec, kwargs, dtype, name)
                     with backend(name):
                         first, again = (evaluate(spec, spec.function, kwargs) for _ in range(2))
-                    pairs = zip([*first.outputs, *first.gradients.values()], [*again.outputs, *again.gradients.values()])
+                    pairs = zip(
+                        [*first.outputs, *first.gradients.values()], [*again.outputs, *again.gradients.values()]
+                    )
                     # torch's own index_add on a GPU, used by references, adds in any order.
                     if name != "reference" and not all(torch.equal(a, b) for a, b in pairs):
                         message = "two runs on the same inputs differ"
@@ -148,7 +151,15 @@ def sanitize(part: Part) -> None:
         return
 
     def one(tool: str) -> bool:
-        script = [sys.executable, HERE / "gpu_parts.py", "sanitize_run", "--out", part.out, "--limit", f"{part.left:.0f}"]
+        script = [
+            sys.executable,
+            HERE / "gpu_parts.py",
+            "sanitize_run",
+            "--out",
+            part.out,
+            "--limit",
+            f"{part.left:.0f}",
+        ]
         options = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
         done = part.child(tool_path, *options, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout)
@@ -168,8 +179,9 @@ def sanitize(part: Part) -> None:
 
 def sanitize_run(part: Part) -> None:
     """Runs under compute-sanitizer: the smallest cases of every kernel, forward and backward."""
-    from fastkd.ops import SPECS, backend
     from op_checks import evaluate
+
+    from fastkd.ops import SPECS, backend
 
     def size(spec, case: str) -> int:
         kwargs = spec.build(spec.cases[case], torch.float32, "cpu")
@@ -209,7 +221,9 @@ def roofs(part: Part) -> None:
 
 
 def ops(part: Part) -> None:
-    small = ["--small", "--no-compile", "--rounds", "1", "--ops", "random_masking"] if part.dry_run else ["--rounds", "3"]
+    small = (
+        ["--small", "--no-compile", "--rounds", "1", "--ops", "random_masking"] if part.dry_run else ["--rounds", "3"]
+    )
     dtypes = ["--dtypes", "float32" if part.dry_run else "bfloat16"]
     budget = ["--budget", f"{0.85 * part.left:.0f}"]
     done = part.python(HERE / "ops.py", "--device", part.device, "--out", part.out, *dtypes, *budget, *small)

@@ -119,7 +119,9 @@ def report(out: Path, summary: list[dict]) -> None:
         console.print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k in (
             "tool", "errors", "summary", "roof", "dtype", "tflops", "gigabytes_per_second", "shape")))  # fmt: skip
     for path in sorted(out.glob("dmae_throughput_*.jsonl")):
-        table = Table("mode", "dtype", "mask", "img/s", "x released", "x eager", "x compiled", "% roof", "GB", title=path.stem)
+        table = Table(
+            "mode", "dtype", "mask", "img/s", "x released", "x eager", "x compiled", "% roof", "GB", title=path.stem
+        )
         for row in (json.loads(line) for line in path.read_text().splitlines()):
             speedups = [row[f"speedup_vs_{n}"] for n in ("released", "eager", "compiled")]
             table.add_row(

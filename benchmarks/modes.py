@@ -29,7 +29,9 @@ class Batch:
     @classmethod
     def random(cls, recipe: Recipe, size: int, seed: int = 0, pin: bool = False) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        raw = torch.randint(0, 256, (size, recipe.image, recipe.image, recipe.channels), dtype=torch.uint8, generator=generator)
+        raw = torch.randint(
+            0, 256, (size, recipe.image, recipe.image, recipe.channels), dtype=torch.uint8, generator=generator
+        )
         batch = cls(raw, normalise(raw, torch.float32), torch.rand(size, recipe.patches, generator=generator))
         return Batch(*(t.pin_memory() for t in dataclasses.astuple(batch))) if pin else batch
 
@@ -51,7 +53,9 @@ class FastStep:
         from fastkd.train.optimizer import adamw
 
         recipe = base.recipe
-        sizes = [dict(zip(("embed_dim", "depth", "num_heads"), SIZES[name])) for name in (recipe.student, recipe.teacher)]
+        sizes = [
+            dict(zip(("embed_dim", "depth", "num_heads"), SIZES[name])) for name in (recipe.student, recipe.teacher)
+        ]
         shape = dict(img_size=recipe.image, patch_size=recipe.patch, in_chans=recipe.channels)
         student = MaskedAutoencoderViT(
             **shape, **sizes[0], decoder_embed_dim=recipe.decoder_width, decoder_depth=recipe.decoder_blocks,
@@ -140,7 +144,9 @@ class Mode:
             model = eager.DMAE(base.recipe, written_out).load_from(base).to(device)
             self.run = eager.Step(model, kind, self.compile, compile_mode)
         else:
-            self.run = FastStep(base, kind, device, 0.25 if name == "decode_25" else 1.0, "cross" if name == "cross" else "self")
+            self.run = FastStep(
+                base, kind, device, 0.25 if name == "decode_25" else 1.0, "cross" if name == "cross" else "self"
+            )
         self._start = {k: v.detach().clone() for k, v in base.trained().items()}
         missing = set(self._start) ^ set(self.parameters())
         if missing:
@@ -263,7 +269,8 @@ def gate(modes: list[Mode], base: released.DMAE, batch: Batch, mask_ratio: float
         wrong += [f"gradient of {n} is not finite" for n, g in got[1].items() if not g.isfinite().all()]
         if wrong:
             raise SystemExit(
-                f"{mode.label} at {mask_ratio:.0%} is NOT the published step; nothing is timed.\n  " + "\n  ".join(wrong[:10])
+                f"{mode.label} at {mask_ratio:.0%} is NOT the published step; nothing is timed.\n  "
+                + "\n  ".join(wrong[:10])
             )
         gradients = [found[n] for n in want[1]]
         report[mode.label] = dict(

@@ -69,7 +69,8 @@ def backends_of(spec: OpSpec, device: str, dtype: torch.dtype) -> dict[str, str 
     """Native and Triton backends, each with the reason why it cannot run here (None where it can)."""
     wanted = ("triton", "cuda") if device == "cuda" else ("cpp",)
     return {
-        name: next(filter(None, (kernel.why_not(name, device, dtype) for kernel in spec.kernels)), None) for name in wanted
+        name: next(filter(None, (kernel.why_not(name, device, dtype) for kernel in spec.kernels)), None)
+        for name in wanted
     }
 
 
@@ -148,11 +149,11 @@ def bench_case(spec: OpSpec, case: str, dtype_name: str, args: argparse.Namespac
         low, middle, high = quartiles(mine)
         row = dict(
             benchmark="ops", op=spec.name, case=case, dtype=dtype_name, backend=name, seconds=middle,
-            seconds_quartiles=[low, high], rounds=args.rounds, bytes_moved=moved, flops=work, gigabytes_per_second=moved / middle / 1e9,
-            tflops=work / middle / 1e12, speedup_vs_eager=paired_ratio(times["eager"], mine),
-            speedup_vs_compiled=paired_ratio(times["compiled"], mine) if "compiled" in times else None,
-            speedup_vs_sdpa=paired_ratio(times["sdpa"], mine) if "sdpa" in times else None,
+            seconds_quartiles=[low, high], rounds=args.rounds, bytes_moved=moved, flops=work,
+            gigabytes_per_second=moved / middle / 1e9, tflops=work / middle / 1e12,
         )  # fmt: skip
+        for peer in ("eager", "compiled", "sdpa"):
+            row[f"speedup_vs_{peer}"] = paired_ratio(times[peer], mine) if peer in times else None
         if device == "cuda":
             row["graph_seconds"] = graph_seconds(found[name])
         rows.append(row)
@@ -163,7 +164,9 @@ def show(rows: list[dict]):
     from rich.table import Table
 
     first = rows[0]
-    table = Table(title=f"forward + backward, {first['device']}, copy roof {first['copy_roof_gigabytes_per_second']:.0f} GB/s")
+    table = Table(
+        title=f"forward + backward, {first['device']}, copy roof {first['copy_roof_gigabytes_per_second']:.0f} GB/s"
+    )
     names = ["op", "case", "dtype", "backend", "ms", "GB/s", "% copy roof", "TFLOP/s", "x eager", "x compiled"]
     for name in names:
         table.add_column(name, justify="left" if name in names[:4] else "right", no_wrap=True)

@@ -11,43 +11,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from common import RESULTS, ROOT, read_rows
+import common
+import ops_page
+from common import ROOT, read_rows
+from tables import markdown, number, rows_of, short, times
 
 PAGES = ("README.md", "docs/performance.md")
 MARKER = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-
-
-def rows_of(name: str) -> list[dict]:
-    path = RESULTS / f"{name}.jsonl"
-    return read_rows(path) if path.exists() else []
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = ["---" if i < left else "---:" for i in range(len(columns))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
-
-
-def short(dtype: str) -> str:
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.{digits}g}"
-    return f"{value:.0f}" if "e" in text else text
-
-
-def times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def conditions(rows: list[dict]) -> str:
@@ -91,7 +68,8 @@ def headline(rows: list[dict]) -> str:
             show = number if key == "images_per_second" else times
             lines.append([text, *map(show, values)])
     table = markdown(["masked patches", *(f"{r:.0%}" for r in ratios_of(rows))], lines)
-    return f"{table}\n\n{conditions(rows)}<br>\n<sub>\\* against the published recipe in {short(dtype)}; not the same loss, the other lines are.</sub>"
+    note = f"<sub>\\* against the published recipe in {short(dtype)}; not the same loss, the other lines are.</sub>"
+    return f"{table}\n\n{conditions(rows)}<br>\n{note}"
 
 
 def step_table(rows: list[dict]) -> str:
@@ -106,7 +84,19 @@ def step_table(rows: list[dict]) -> str:
             *(times(row[f"speedup_vs_{other}"]) for other in ("released", "eager", "compiled", "released_float32")),
             f"{100 * row['roof_fraction']:.0f} %", number(row["peak_memory_bytes"] / 1e6, 4),
         ])  # fmt: skip
-    columns = ["masked", "mode", "dtype", "img/s", "quartiles", "released", "eager", "compiled", "released fp32", "roof", "MB"]
+    columns = [
+        "masked",
+        "mode",
+        "dtype",
+        "img/s",
+        "quartiles",
+        "released",
+        "eager",
+        "compiled",
+        "released fp32",
+        "roof",
+        "MB",
+    ]
     return f"{markdown(columns, lines, 3)}\n\n{conditions(rows)}"
 
 
@@ -117,7 +107,9 @@ def stage_table(rows: list[dict]) -> str:
     for row in sorted((r for r in rows if r["stage_seconds"]), key=lambda r: (r["mask_ratio"], r["dtype"])):
         seconds = [row["stage_seconds"][stage] for stage in stages]
         share = [f"{1e3 * s:.3g}" for s in seconds]
-        lines.append([f"{row['mask_ratio']:.0%}", row["mode"], short(row["dtype"]), *share, f"{1e3 * sum(seconds):.4g}"])
+        lines.append(
+            [f"{row['mask_ratio']:.0%}", row["mode"], short(row["dtype"]), *share, f"{1e3 * sum(seconds):.4g}"]
+        )
     return markdown(["masked", "mode", "dtype", *(f"{s} ms" for s in stages), "step ms"], lines, 3)
 
 
@@ -134,19 +126,20 @@ def compact_table(rows: list[dict]) -> str:
             speed = [number(r["images_per_second"]) if r else "-" for r in found.values()]
             speed[3] = f"**{speed[3]}**"
             lines.append([
-                f"{ratio:.0%}", short(dtype), *speed, times(exact["speedup_vs_released"]), times(exact["speedup_vs_compiled"]),
-                times(exact["speedup_vs_released_float32"]), f"{100 * exact['roof_fraction']:.0f} %",
+                f"{ratio:.0%}", short(dtype), *speed, times(exact["speedup_vs_released"]),
+                times(exact["speedup_vs_compiled"]), times(exact["speedup_vs_released_float32"]),
+                f"{100 * exact['roof_fraction']:.0f} %",
             ])  # fmt: skip
     columns = ["masked", "dtype", "released", "eager", "compiled", "**exact**", "decode_25 *", "cross *"]
     columns += ["exact / released", "exact / compiled", "exact / released fp32", "exact, of matmul roof"]
-    note = "<sub>images/s; * another loss (a quarter of the masked patches) or another decoder (cross-attention): not exact</sub>"
+    note = "<sub>images/s; \\* not exact: a quarter of the masked patches decoded, or a cross-attention decoder</sub>"
     return f"{markdown(columns, lines, 2)}\n\n{note}<br>\n{conditions(rows)}"
 
 
 def gpu_rows() -> list[dict]:
     """Rows of the runs on a GPU; where a ratio was also run with `compiled`, that run counts."""
     rows = rows_of("dmae_throughput_cuda")
-    for path in sorted(RESULTS.glob("dmae_throughput_cuda_*.jsonl")):
+    for path in sorted(common.RESULTS.glob("dmae_throughput_cuda_*.jsonl")):
         more = read_rows(path)
         replaced = {(r["mode"], r["mask_ratio"], r["dtype"]) for r in more}
         rows = [r for r in rows if (r["mode"], r["mask_ratio"], r["dtype"]) not in replaced] + more
@@ -202,79 +195,15 @@ def filled(text: str, page: str) -> str:
     return MARKER.sub(replace, text)
 
 
-def backends(spec) -> list[str]:
-    """Backends that are written for an op, whether or not they can run on this machine."""
-    native = (ROOT / "csrc" / "ops.cpp").read_text()
-    names = ["reference"]
-    if any(f'"{kernel.name}(' in native or kernel._cpp for kernel in spec.kernels):
-        names.append("cpp")
-    if all(kernel._triton for kernel in spec.kernels):
-        names.append("triton")
-    if all(kernel._has_cuda for kernel in spec.kernels):
-        names.append("cuda")
-    return names
-
-
-def ops_page() -> str:
-    """docs/ops.md: every op with shapes, backends, dtypes, bytes and measured ratios."""
-    import torch
-
-    from fastkd.ops import SPECS
-
-    on_gpu = {(r["op"], r["backend"]) for r in rows_of("check") if r.get("passed") and "backend" in r}
-    overview = []
-    for name, spec in SPECS.items():
-        case = next(iter(spec.bench))
-        kwargs = spec.build(spec.bench[case], torch.float32, "cpu")
-        gpu = [b for b in ("triton", "cuda") if (name, b) in on_gpu]
-        overview.append([
-            f"[`{name}`](#{name})", ", ".join(backends(spec)), ", ".join(gpu) or "not yet",
-            ", ".join(f"`{n}`" for n in spec.differentiable) or "-", case, number(spec.bytes_moved(kwargs) / 1e6),
-            number(spec.flops(kwargs) / 1e9),
-        ])  # fmt: skip
-    text = [
-        "# Ops", "",
-        "Written by `python benchmarks/report.py` from the OpSpecs and from the rows in benchmarks/results.", "",
-        "`reference` is plain PyTorch and runs anywhere in every floating dtype; `cpp` takes float32, bfloat16, float16 and",
-        "float64; `triton` and `cuda` take float32, bfloat16 and float16. MB are the fewest that forward and backward must move",
-        "in float32 in the named benchmark case; `fastkd info` says which backend runs on your machine.", "",
-        markdown(["op", "written for", "checked on a GPU", "gradients", "case", "MB", "GFLOP"], overview, 5), "",
-    ]  # fmt: skip
-    for title, file in (("Measured on a CPU", "ops_cpu"), ("Measured on a GPU", "ops_cuda")):
-        if rows := rows_of(file):
-            text += [f"## {title}", "", measured_ops(rows), ""]
-    for name, spec in SPECS.items():
-        signature = f"{name}{inspect.signature(spec.function)}".replace("torch.", "")
-        text += [f"## {name}", "", "```", signature, "", inspect.getdoc(spec.function), "```", ""]
-    return "\n".join(text)
-
-
-def measured_ops(rows: list[dict]) -> str:
-    best = {}
-    for row in rows:
-        best.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
-    lines = []
-    for (op, case, dtype), found in best.items():
-        for backend in [b for b in found if b not in ("eager", "compiled", "sdpa")]:
-            row = found[backend]
-            lines.append([
-                f"`{op}`", case, short(dtype), backend, number(1e3 * row["seconds"]), times(row["speedup_vs_eager"]),
-                times(row["speedup_vs_compiled"]), times(row["speedup_vs_sdpa"]), number(row["gigabytes_per_second"]),
-                f"{100 * row['copy_roof_fraction']:.0f} %", number(row["tflops"]),
-            ])  # fmt: skip
-    columns = ["op", "case", "dtype", "backend", "ms", "eager", "compiled", "sdpa", "GB/s", "of copy roof", "TFLOP/s"]
-    row = rows[0]
-    place = f"{row['device']}, {row['threads']} threads, copy roof {number(row['copy_roof_gigabytes_per_second'])} GB/s"
-    note = f"<sub>Forward and backward; {place}; torch {row['torch']}, commit {row['commit']}, {row['date']}</sub>"
-    return f"{markdown(columns, lines, 4)}\n\n{note}"
-
-
 def digest(rows: list[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plots() -> dict[Path, list[dict]]:
-    found = {ROOT / "docs/dmae_throughput.png": rows_of("dmae_throughput_cpu"), ROOT / "docs/dmae_throughput_gpu.png": gpu_rows()}
+    found = {
+        ROOT / "docs/dmae_throughput.png": rows_of("dmae_throughput_cpu"),
+        ROOT / "docs/dmae_throughput_gpu.png": gpu_rows(),
+    }
     return {path: rows for path, rows in found.items() if rows}
 
 
@@ -293,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = {ROOT / page: filled((ROOT / page).read_text(), page) for page in PAGES if (ROOT / page).exists()}
-    pages[ROOT / "docs/ops.md"] = ops_page()
+    pages[ROOT / "docs/ops.md"] = ops_page.page()
     for path, text in pages.items():
         if not path.exists() or path.read_text() != text:
             stale.append(path)

@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from common import synchronize
+from torch import Tensor
 
 STAGES = ("data", "teacher", "student", "decoder", "loss", "optimiser")
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import common  # noqa: E402
 import dmae_throughput  # noqa: E402
 import flops  # noqa: E402
 import modes  # noqa: E402
@@ -21,9 +22,7 @@ import report  # noqa: E402
 from baselines import Recipe, eager, released  # noqa: E402
 
 TINY = Recipe("micro", "micro", image=32, patch=8, decoder_width=64, decoder_blocks=2, decoder_heads=2)
-ARGUMENTS = (
-    "--device cpu --teacher micro --student micro --image 32 --patch 8 --decoder 2x64x2 --dtypes float32 --batch 2 --rounds 2"
-)
+ARGUMENTS = "--device cpu --teacher micro --student micro --image 32 --patch 8 --decoder 2x64x2 --dtypes float32"
 
 
 @pytest.mark.parametrize("ratio, published", [(0.75, 100.2), (0.9, 66.1), (0.95, 54.8), (0.98, 48.1)])
@@ -32,7 +31,9 @@ def test_flops_of_the_published_step(ratio, published):
     assert counted / 1e9 == pytest.approx(published, abs=0.06)
 
 
-@pytest.mark.parametrize("name, model", [("released", released.DMAE), ("eager", lambda r: eager.DMAE(r, written_out=True))])
+@pytest.mark.parametrize(
+    "name, model", [("released", released.DMAE), ("eager", lambda r: eager.DMAE(r, written_out=True))]
+)
 def test_flops_are_those_that_torch_counts(name, model):
     model, batch = model(TINY), modes.Batch.random(TINY, 2)
     with FlopCounterMode(display=False) as counter:
@@ -52,7 +53,21 @@ def test_gate_passes_the_right_step_and_stops_a_wrong_one():
 
 
 def test_rows_and_tables(tmp_path, monkeypatch):
-    rows = dmae_throughput.main([*ARGUMENTS.split(), "--modes", "released,eager,exact", "--ratios", "0.75", "--out", str(tmp_path)])
+    rows = dmae_throughput.main(
+        [
+            *ARGUMENTS.split(),
+            "--batch",
+            "2",
+            "--rounds",
+            "2",
+            "--modes",
+            "released,eager,exact",
+            "--ratios",
+            "0.75",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     wanted = (
         "benchmark, mode, mask_ratio, dtype, device, batch, images_per_second, speedup_vs_released, speedup_vs_eager, "
         "speedup_vs_compiled, roof_fraction, peak_memory_bytes, commit, torch, triton, date"
@@ -61,14 +76,21 @@ def test_rows_and_tables(tmp_path, monkeypatch):
     assert [row["mode"] for row in written] == ["released", "eager", "exact"] == [row["mode"] for row in rows]
     assert all(set(wanted) <= set(row) and 0 < row["roof_fraction"] < 1.5 for row in written)
     assert all(set(row["stage_seconds"]) == set(dmae_throughput.STAGES) for row in written)
-    assert all(row["stage_seconds"][stage] > 0 for row in written for stage in ("teacher", "student", "decoder", "optimiser"))
+    assert all(
+        row["stage_seconds"][stage] > 0 for row in written for stage in ("teacher", "student", "decoder", "optimiser")
+    )
     assert (tmp_path / "dmae_throughput_cpu.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     page = "before\n<!-- table:dmae_cpu -->\nold\n<!-- /table -->\nafter\n"
     filled = report.filled(page, "page")
     speed = report.number(written[2]["images_per_second"])
-    assert f"**{speed}**" in filled and "old" not in filled and filled.startswith("before\n") and filled.endswith("\nafter\n")
+    assert (
+        f"**{speed}**" in filled
+        and "old" not in filled
+        and filled.startswith("before\n")
+        and filled.endswith("\nafter\n")
+    )
     assert report.filled(filled, "page") == filled
     with pytest.raises(SystemExit, match="unknown table 'none'"):
         report.filled("<!-- table:none -->\n<!-- /table -->", "page")

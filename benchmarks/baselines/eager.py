@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from . import Recipe, released
@@ -60,14 +60,18 @@ class DMAE(released.DMAE):
     def load_from(self, model: released.DMAE) -> DMAE:
         self.student.load_state_dict(model.student.state_dict())
         self.projector.load_state_dict(model.projector.state_dict())
-        self.teacher.load_state_dict({k: v for k, v in model.teacher.state_dict().items() if k in self.teacher.state_dict()})
+        self.teacher.load_state_dict(
+            {k: v for k, v in model.teacher.state_dict().items() if k in self.teacher.state_dict()}
+        )
         return self
 
     def gather_patches(self, images: Tensor, ids: Tensor) -> Tensor:
         """[B, n, C, p, p] pixels of the listed patches."""
         recipe = self.recipe
         side = recipe.image // recipe.patch
-        tiles = images.unflatten(2, (side, recipe.patch)).unflatten(4, (side, recipe.patch))  # [B, C, row, p, column, p]
+        tiles = images.unflatten(2, (side, recipe.patch)).unflatten(
+            4, (side, recipe.patch)
+        )  # [B, C, row, p, column, p]
         image = torch.arange(len(images), device=images.device)[:, None]
         return tiles[image, :, ids // side, :, ids % side]
 
@@ -125,7 +129,12 @@ class Step:
     """
 
     def __init__(
-        self, model: DMAE, dtype: torch.dtype, compile: str | None = None, compile_mode: str = "default", lr: float = 1.5e-4
+        self,
+        model: DMAE,
+        dtype: torch.dtype,
+        compile: str | None = None,
+        compile_mode: str = "default",
+        lr: float = 1.5e-4,
     ) -> None:
         self.model, self.dtype = model, dtype
         self.device = next(model.parameters()).device.type
