@@ -5,8 +5,8 @@
 namespace fastkd {
 
 // rows[b n + j] = normalised pixels of patch ids[b, j] in (channel, row, column) order.
-void visible_patch_rows(const Tensor& images, const Tensor& ids, const Tensor& affine, const std::vector<int64_t>& patch,
-                        const Tensor& rows) {
+void visible_patch_rows(const Tensor& images, const Tensor& ids, const Tensor& affine,
+                        const std::vector<int64_t>& patch, const Tensor& rows) {
   constexpr const char* op = "visible_patch_rows";
   check_contiguous(rows, op, "rows");
   const PatchShape shape(images, patch);

@@ -234,7 +234,9 @@ SPEC = register(
             "subset": dict(batch=3, patches=20, keep=0.25, width=16, prefix=1, fraction=0.4),
             "per_patch": dict(batch=3, patches=12, keep=0.25, width=24, prefix=1, per_patch=True),
             "per_patch_no_pos": dict(batch=4, patches=7, keep=0.5, width=40, prefix=1, per_patch=True, pos=False),
-            "per_patch_subset": dict(batch=2, patches=20, keep=0.25, width=16, prefix=2, per_patch=True, fraction=0.2, mixed=True),
+            "per_patch_subset": dict(
+                batch=2, patches=20, keep=0.25, width=16, prefix=2, per_patch=True, fraction=0.2, mixed=True
+            ),
             "no_pos": dict(batch=2, patches=5, keep=0.5, width=16, prefix=1, pos=False),
             "strided": dict(batch=2, patches=9, keep=0.5, width=18, prefix=1, strided=True),
             "strided_per_patch": dict(batch=2, patches=9, keep=0.5, width=18, prefix=1, per_patch=True, strided=True),

@@ -1,4 +1,4 @@
-"""Triton kernels of `decoder_assemble`: a program per block of output rows, and ordered sums for the gradient of fill."""
+"""Triton kernels of `decoder_assemble`: one pass over the output rows, ordered sums for the gradient of fill."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ def _forward_kernel(tokens, fill, pos_embed, ids, out, rows, total, given, num_p
     b, i = (row // total).to(tl.int64), row % total
     j = i - num_prefix
     patch = tl.load(ids + b * ids_b + j * ids_k, mask=inside & (j >= 0), other=0)
-    is_token = inside & (i < given)
-    token = tl.load(tokens + (b * tokens_b + i * tokens_t)[:, None] + d[None, :], mask=is_token[:, None] & columns, other=0)
+    is_token, is_fill, inside = (inside & (i < given))[:, None], (inside & (i >= given))[:, None], inside[:, None]
     fill_row = patch if PER_PATCH else patch * 0
-    filled = tl.load(fill + fill_row[:, None] * width + d[None, :], mask=(inside & (i >= given))[:, None] & columns, other=0)
+    token = tl.load(tokens + (b * tokens_b + i * tokens_t)[:, None] + d[None, :], mask=is_token & columns, other=0)
+    filled = tl.load(fill + fill_row[:, None] * width + d[None, :], mask=is_fill & columns, other=0)
     x = token.to(tl.float32) + filled.to(tl.float32)  # one of the two is 0
     if POSITION:
         place = tl.where(j < 0, i, num_prefix + patch)
-        x += tl.load(pos_embed + place[:, None] * width + d[None, :], mask=inside[:, None] & columns, other=0).to(tl.float32)
-    tl.store(out + row[:, None].to(tl.int64) * width + d[None, :], x.to(out.dtype.element_ty), mask=inside[:, None] & columns)
+        position = tl.load(pos_embed + place[:, None] * width + d[None, :], mask=inside & columns, other=0)
+        x += position.to(tl.float32)
+    to = out + row[:, None].to(tl.int64) * width + d[None, :]
+    tl.store(to, x.to(out.dtype.element_ty), mask=inside & columns)
 
 
 @triton.jit

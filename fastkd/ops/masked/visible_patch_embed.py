@@ -245,9 +245,11 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
     scale = (channels * patch[0] * patch[1]) ** -0.5
 
     def normal(*shape: int) -> Tensor:
-        # Strided: the same values with the dimensions laid out in reverse.
         values = torch.randn(shape, generator=random).to(device, dtype)
-        return values.permute(*range(len(shape))[::-1]).contiguous().permute(*range(len(shape))[::-1]) if case.get("strided") else values
+        if case.get("strided"):  # the same values, dimensions laid out in reverse
+            backwards = tuple(range(len(shape)))[::-1]
+            values = values.permute(backwards).contiguous().permute(backwards)
+        return values
 
     return dict(
         ids_keep=ids.to(device),
@@ -266,6 +268,9 @@ def _law(kwargs: dict) -> None:
     torch.testing.assert_close(flipped.flip(1), out)
 
 
+_CASE = dict(batch=2, grid=(3, 3), patch=(4, 4), channels=3, width=16, keep=0.5, prefix=1)
+_VIT = dict(batch=128, grid=(14, 14), patch=(16, 16), channels=3, width=768, prefix=1, uint8=True)
+
 SPEC = register(
     OpSpec(
         name=OP,
@@ -275,28 +280,25 @@ SPEC = register(
         build=_build,
         differentiable=("weight", "bias", "prefix"),
         cases={
-            "uint8": dict(batch=2, grid=(3, 4), patch=(4, 4), channels=3, width=24, keep=0.5, prefix=1, uint8=True),
-            "float": dict(batch=3, grid=(2, 3), patch=(5, 5), channels=3, width=17, keep=0.5, prefix=1),
-            "tall_patch": dict(batch=2, grid=(2, 2), patch=(3, 7), channels=3, width=8, keep=0.75, prefix=2, uint8=True),
-            "keep_one": dict(batch=2, grid=(4, 4), patch=(2, 2), channels=3, width=12, keep=0.01, prefix=1, uint8=True),
-            "keep_all": dict(batch=2, grid=(2, 3), patch=(4, 4), channels=3, width=16, keep=1.0, prefix=1),
-            "no_prefix_no_bias": dict(batch=2, grid=(3, 3), patch=(4, 4), channels=3, width=16, keep=0.5, prefix=0, bias=False),
-            "registers": dict(batch=2, grid=(3, 3), patch=(4, 4), channels=3, width=16, keep=0.5, prefix=5, uint8=True),
-            "one_channel": dict(batch=2, grid=(3, 3), patch=(4, 4), channels=1, width=16, keep=0.5, prefix=1, uint8=True),
-            "many_channels": dict(batch=1, grid=(2, 2), patch=(3, 3), channels=9, width=10, keep=0.5, prefix=1),
-            "one_pixel": dict(batch=1, grid=(1, 2), patch=(1, 1), channels=1, width=1, keep=0.5, prefix=1),
-            "strided": dict(batch=2, grid=(2, 3), patch=(4, 4), channels=3, width=16, keep=0.5, prefix=2, strided=True),
-            "several_tiles": dict(batch=5, grid=(4, 8), patch=(8, 8), channels=3, width=136, keep=0.5, prefix=1, uint8=True),
+            "uint8": _CASE | dict(grid=(3, 4), width=24, uint8=True),
+            "float": _CASE | dict(batch=3, grid=(2, 3), patch=(5, 5), width=17),
+            "tall_patch": _CASE | dict(grid=(2, 2), patch=(3, 7), width=8, keep=0.75, prefix=2, uint8=True),
+            "keep_one": _CASE | dict(grid=(4, 4), patch=(2, 2), width=12, keep=0.01, uint8=True),
+            "keep_all": _CASE | dict(grid=(2, 3), keep=1.0),
+            "no_prefix_no_bias": _CASE | dict(prefix=0, bias=False),
+            "registers": _CASE | dict(prefix=5, uint8=True),
+            "one_channel": _CASE | dict(channels=1, uint8=True),
+            "many_channels": _CASE | dict(batch=1, grid=(2, 2), patch=(3, 3), channels=9, width=10),
+            "one_pixel": _CASE | dict(batch=1, grid=(1, 2), patch=(1, 1), channels=1, width=1),
+            "strided": _CASE | dict(grid=(2, 3), prefix=2, strided=True),
+            "several_tiles": _CASE | dict(batch=5, grid=(4, 8), patch=(8, 8), width=136, uint8=True),
         },
         space=dict(
             batch=(1, 2, 3), grid=((1, 1), (1, 5), (3, 2)), patch=((1, 1), (2, 2), (3, 5), (8, 8)), channels=(1, 3, 4),
             width=(1, 5, 16), keep=(0.01, 0.5, 1.0), prefix=(0, 1, 3), bias=(False, True), uint8=(False, True),
             strided=(False, True), seed=tuple(range(5)),
         ),
-        bench={
-            "vit_b_75": dict(batch=128, grid=(14, 14), patch=(16, 16), channels=3, width=768, keep=0.25, prefix=1, uint8=True),
-            "vit_b_95": dict(batch=128, grid=(14, 14), patch=(16, 16), channels=3, width=768, keep=0.05, prefix=1, uint8=True),
-        },
+        bench={"vit_b_75": _VIT | dict(keep=0.25), "vit_b_95": _VIT | dict(keep=0.05)},
         # Pixels twice, the weight read and its gradient written, the output written and its gradient read.
         bytes_moved=lambda k: 2 * k["ids_keep"].numel() * k["weight"][0].numel() * k["images"].element_size()
         + 2 * tensor_bytes(k["weight"])

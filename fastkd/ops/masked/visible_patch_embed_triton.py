@@ -29,7 +29,7 @@ def _corners(ids, b, j, inside, columns, ids_b, ids_k, img_b, img_h, img_w, PH: 
 @triton.jit
 def _pixels(images, affine, corners, inside, k, img_c, img_h, img_w, C: tl.constexpr, PH: tl.constexpr,
             PW: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    # Tile [rows, k] of normalised pixels, 0 outside; k counts (row, column, channel) if LAST, else (channel, row, column).
+    # Tile [rows, k] of normalised pixels, 0 outside; k runs over (row, column, channel) if LAST.
     valid = k < C * PH * PW
     if LAST:
         c = k % C
@@ -47,7 +47,8 @@ def _pixels(images, affine, corners, inside, k, img_c, img_h, img_w, C: tl.const
 def _forward_kernel(images, ids, weight, bias, pos_embed, prefix, affine, out, rows, tokens, num_prefix, width, columns,
                     ids_b, ids_k, img_b, img_c, img_h, img_w, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
                     BIAS: tl.constexpr, POSITION: tl.constexpr, PREFIX: tl.constexpr, LAST: tl.constexpr,
-                    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr):  # fmt: skip
     # Rows are those of the output; a prefix row multiplies zeros.
     P: tl.constexpr = C * PH * PW
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,8 +70,9 @@ def _forward_kernel(images, ids, weight, bias, pos_embed, prefix, affine, out, r
         sums += tl.load(place, mask=inside[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
     if PREFIX:
         head = (m < rows) & (j < 0)
-        start_row = tl.load(prefix + i[:, None] * width + d[None, :], mask=head[:, None] & (d < width)[None, :], other=0.0)
-        sums = tl.where(head[:, None], start_row.to(tl.float32), sums)
+        place = prefix + i[:, None] * width + d[None, :]
+        token = tl.load(place, mask=head[:, None] & (d < width)[None, :], other=0.0)
+        sums = tl.where(head[:, None], token.to(tl.float32), sums)
     to = out + m[:, None].to(tl.int64) * width + d[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (d < width)[None, :])
 
@@ -78,8 +80,8 @@ def _forward_kernel(images, ids, weight, bias, pos_embed, prefix, affine, out, r
 @triton.jit
 def _weight_kernel(grad_out, images, ids, affine, partial, rows, share, visible, num_prefix, width, columns,
                    grad_b, grad_t, ids_b, ids_k, img_b, img_c, img_h, img_w, C: tl.constexpr, PH: tl.constexpr,
-                   PW: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-                   BLOCK_M: tl.constexpr):  # fmt: skip
+                   PW: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     # partial[s] = grad_out^T @ pixels over rows [s * share, (s + 1) * share).
     P: tl.constexpr = C * PH * PW
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
