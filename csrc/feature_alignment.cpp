@@ -12,28 +12,29 @@ constexpr const char* kAlignOp = "feature_alignment_loss";
 template <class A>
 struct AlignRow {
   const A *u, *v;  // the rows to compare
-  A squares;       // ||student row||^2
-
-  static A sum_squares(const A* x, int64_t n) {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
-    return sum;
-  }
+  A squares = 0;   // ||student row||^2
 
   // `scratch`: two rows. The normalised rows are stored before they are compared: a product that went straight into the
   // difference could be contracted to a fused multiply-add, and equal rows would then differ by a rounding.
   AlignRow(const Rows<A>& student, const Rows<A>& teacher, int64_t row, bool normalize, A* scratch) {
     const int64_t n = student.width();
-    u = student.read(row, scratch);
-    v = teacher.read(row, scratch + n);
+    const A *s = student.read(row, scratch), *t = teacher.read(row, scratch + n);
+    u = s;
+    v = t;
     if (!normalize) return;
-    squares = sum_squares(u, n);
-    u = scaled(u, Align<A>::inverse_norm(squares), n, scratch);
-    v = scaled(v, Align<A>::inverse_norm(sum_squares(v, n)), n, scratch + n);
+    A of_s = 0, of_t = 0;
+#pragma omp simd reduction(+ : of_s, of_t)
+    for (int64_t i = 0; i < n; ++i) {
+      of_s += s[i] * s[i];
+      of_t += t[i] * t[i];
+    }
+    squares = of_s;
+    u = scaled(s, Align<A>::inverse_norm(of_s), n, scratch);
+    v = scaled(t, Align<A>::inverse_norm(of_t), n, scratch + n);
   }
 
   static const A* scaled(const A* x, A factor, int64_t n, A* out) {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
     return out;
   }
@@ -63,6 +64,7 @@ void align_gradient(const Align<A>& align, const AlignRow<A>& row, bool normaliz
   }
   if (Align<A>::below_floor(row.squares)) along = 0;
   const A factor = Align<A>::inverse_norm(row.squares);
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = (g[i] - u[i] * along) * factor;
 }
 

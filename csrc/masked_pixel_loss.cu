@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if constexpr (backward) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) x[i] = 0;
-      for (int base = 0; base < width; base += span()) gradients[row].template write<false>(base, x);
+      for (int base = 0; base < width; base += span())
+        vector ? gradients[row].template write<true>(base, x) : gradients[row].template write<false>(base, x);
     } else if (threadIdx.x == 0) {
       partial[row] = 0;
     }

@@ -1,7 +1,7 @@
 // Rows of a [B, T, D] tensor with any strides and floating dtype, seen as float (or double).
 #pragma once
 
-#include "common.h"
+#include "convert.h"
 
 namespace fastkd {
 
@@ -28,7 +28,7 @@ class Rows {
         }
       }
       if (sc_ == 1) {
-        for (int64_t i = 0; i < width_; ++i) buffer[i] = static_cast<A>(x[i]);
+        convert_row(x, width_, buffer);
       } else {
         for (int64_t i = 0; i < width_; ++i) buffer[i] = static_cast<A>(x[i * sc_]);
       }
@@ -46,7 +46,11 @@ class Rows {
     for_float(dtype_, op_, [&](auto type) {
       using T = typename decltype(type)::type;
       T* out = mutable_data<T>(tensor_) + (row / tokens_) * sb_ + (row % tokens_) * st_;
-      for (int64_t i = 0; i < width_; ++i) out[i * sc_] = static_cast<T>(x[i]);
+      if (sc_ == 1) {
+        convert_row(x, width_, out);
+      } else {
+        for (int64_t i = 0; i < width_; ++i) out[i * sc_] = static_cast<T>(x[i]);
+      }
     });
   }
 

@@ -72,7 +72,7 @@ def _launch_options(pred, images, ids, weight, affine, patch, norm_pix, eps) -> 
     strides = (*pred.stride(), *ids.stride(), *images.stride())
     options = dict(
         C=images.shape[1], PH=patch[0], PW=patch[1], NORM=norm_pix, WEIGHTED=weight is not None, BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True,
     )  # fmt: skip
     return (*scalars, *strides), options
 

@@ -40,4 +40,5 @@ def random_masking(
     _rank_kernel[(batch, triton.cdiv(patches, block))](
         noise, ids_shuffle, ids_restore, mask, patches, keep, noise.stride(0), noise.stride(1),
         WIDE=tl.float64 if noise.dtype == torch.float64 else tl.float32, BLOCK=block, OTHERS=64,
+        enable_fp_fusion=True,
     )  # fmt: skip
