@@ -43,12 +43,13 @@ def distill(arguments: list[str]) -> int:
     """Distil a student from a teacher on a folder of images."""
     config = _parse(DistillConfig, "distill", arguments)
     config.validate()  # before torch is imported: wrong arguments answer at once
+    from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
     from fastkd.train.loop import distill as run
 
     try:
         result = run(config)
-    except TrainingError as error:
+    except (TrainingError, UnreadableError) as error:
         return _say(f"fastkd distill: {error}", 1)
     return 0 if result.finished else STOPPED
 

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 from tiny_run import write_pictures
 
-from fastkd.data import ImageFolder, ImageLoader, center_crop, load_images, open_image, random_resized_crop
+from fastkd.data import (
+    ImageFolder,
+    ImageLoader,
+    UnreadableError,
+    center_crop,
+    load_images,
+    open_image,
+    random_resized_crop,
+)
 from fastkd.data.transforms import random_box
 
 SIZE = (16, 20)
@@ -127,11 +135,14 @@ def test_unreadable_images_are_replaced_counted_and_reported_once(pictures, capl
     assert not any(torch.isin(batch.indices, torch.tensor(bad)).any() for batch in batches)
 
 
-def test_a_folder_of_broken_files_ends_with_an_error(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_files_ends_with_an_error(tmp_path, workers):
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"no")
-    with pytest.raises(RuntimeError, match="unreadable images in a row"):
-        take(ImageLoader(tmp_path, SIZE, 2), 1)
+    with pytest.raises(
+        UnreadableError, match=r"20 files in a row cannot be read, .*\.png .*is this a folder of images"
+    ):
+        take(ImageLoader(tmp_path, SIZE, 2, workers=workers), 1)
 
 
 def test_loader_leaves_the_global_random_state_alone_and_measures_waiting(pictures):

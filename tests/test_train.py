@@ -242,13 +242,26 @@ def test_resume_choices(tmp_path):
         distill(tiny_config(tmp_path, steps=4, resume="never"))
     with pytest.raises(ConfigError) as error:
         distill(tiny_config(tmp_path, steps=5, lr=1.0))
-    assert len(error.value.problems) == 4  # steps, the epochs and warm-up that follow from them, and lr
+    assert len(error.value.problems) == 2  # not the epochs and warm-up that follow from the steps
     assert any("--lr: got 1.0, expected 0.01 as in the run" in line for line in error.value.problems)
     with pytest.raises(ConfigError, match="--resume: got .* expected a run folder"):
         distill(tiny_config(tmp_path, "new", steps=4, resume=str(tmp_path / "pictures")))
     result = distill(tiny_config(tmp_path, "new", steps=6, resume=str(tmp_path / "run")))
     assert result.step == 6 and losses(tmp_path / "new")[0][0] == 6
     assert distill(tiny_config(tmp_path, "fresh", steps=2, resume="never")).finished
+    changed = dict(steps=6, resume=str(tmp_path / "run"))
+    with pytest.raises(
+        ConfigError, match="--resume: the checkpoint .* does not fit: .*global batch: got 2, expected 4"
+    ):
+        distill(tiny_config(tmp_path, "other", batch_size=2, **changed))
+    with pytest.raises(ConfigError, match="--resume: the checkpoint .* does not fit"):
+        distill(tiny_config(tmp_path, "other", projector="mlp", **changed))
+    distill(tiny_config(tmp_path, "other", weight_decay=0.5, **changed))
+    state = checkpoint.load_state(tmp_path / "other/checkpoints/last")
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
+    (tmp_path / "pictures/cat/001.png").unlink()
+    with pytest.raises(ConfigError, match="images: got 11, expected 12 as in the checkpoint"):
+        distill(tiny_config(tmp_path, steps=4))
 
 
 def test_nan_stops_at_its_step_and_keeps_the_good_checkpoint(tmp_path, monkeypatch):

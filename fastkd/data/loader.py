@@ -27,6 +27,10 @@ from .transforms import random_resized_crop
 logger = logging.getLogger("fastkd")
 
 
+class UnreadableError(RuntimeError):
+    """Image after image cannot be read."""
+
+
 class Batch(NamedTuple):
     """One batch.
 
@@ -97,12 +101,6 @@ class ImageLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.global_batch = batch_size * world_size
         self.batches_per_epoch = max(1, len(folder) // self.global_batch)
-        if len(folder) < self.global_batch:
-            logger.warning(
-                "%s has %d images, fewer than one batch of %d: they are repeated within the batch, each time with "
-                "another crop and mask (a smaller batch size avoids this)",
-                folder.root, len(folder), self.global_batch,
-            )  # fmt: skip
         self._views = _Views(folder, size, channels, num_patches, seed, augmentation)
         self._options = dict(
             batch_size=None,
@@ -124,14 +122,24 @@ class ImageLoader:
         return self._position / self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Goes on from the current position; batches that were only prefetched do not count as consumed."""
+        """Goes on from the current position; batches that were only prefetched do not count as consumed.
+
+        Raises:
+            UnreadableError: many files in a row cannot be read.
+        """
+        if len(self.folder) < self.global_batch and self.rank == 0:
+            logger.warning(
+                "%s has %d images, fewer than one batch of %d: they are repeated within the batch, each time with "
+                "another crop and mask (a smaller batch size avoids this)",
+                self.folder.root, len(self.folder), self.global_batch,
+            )  # fmt: skip
         batches = iter(DataLoader(self._views, sampler=self._keys(self._position), **self._options))
         while True:
             start = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - start
             self._position += 1
-            self._report(batch.failures)
+            self._report(batch)
             yield batch
 
     def _keys(self, position: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -145,12 +153,17 @@ class ImageLoader:
                 places = range(first, first + self.batch_size)
                 yield [(epoch, place // count, int(order[place % count])) for place in places]
 
-    def _report(self, failures) -> None:
-        self.skipped += len(failures)
-        for path, reason in failures:
+    def _report(self, batch: Batch) -> None:
+        self.skipped += len(batch.failures)
+        for path, reason in batch.failures:
             if path not in self._reported:
                 self._reported.add(path)
                 logger.warning("skipped unreadable image %s: %s (another image takes its place)", path, reason)
+        if batch.indices.numpy().min() < 0:
+            raise UnreadableError(
+                f"{self.folder.root}: {_Views.attempts} files in a row cannot be read, the last one "
+                f"{batch.failures[-1][0]} ({batch.failures[-1][1]}); is this a folder of images?"
+            )
 
     def state_dict(self) -> dict:
         """Position and what it depends on; plain numbers and strings."""
@@ -197,11 +210,11 @@ class _Views(torch.utils.data.Dataset):
             random = np.random.default_rng((self.seed, epoch, repeat, index))
             if noise is not None:
                 noise[row] = torch.from_numpy(random.random(self.num_patches, dtype=np.float32))
-            view, indices[row] = self._view(index, random, failures)
-            pixels[row] = view
+            pixels[row], indices[row] = self._view(index, random, failures)
         return Batch(images, noise, indices, tuple(failures))
 
-    def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray, int]:
+    def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray | int, int]:
+        """The augmented image and its index, which is another one where files are unreadable; (0, -1) in the end."""
         for _ in range(self.attempts):
             path = self.folder.path(index)
             try:
@@ -210,10 +223,7 @@ class _Views(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise many types on broken files
                 failures.append((path, f"{type(error).__name__}: {error}"))
                 index = int(random.integers(len(self.folder)))
-        raise RuntimeError(
-            f"{self.attempts} unreadable images in a row in {self.folder.root}, the last one {failures[-1][0]} "
-            f"({failures[-1][1]}); is this a folder of images?"
-        )
+        return 0, -1
 
 
 def _as_it_is(batch: Batch) -> Batch:

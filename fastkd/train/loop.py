@@ -16,12 +16,12 @@ from fastkd.methods.dmae import DMAE
 
 from . import checkpoint
 from .build import AMP, build, build_loader
-from .config import DistillConfig
+from .config import ConfigError, DistillConfig, problem
 from .distributed import Processes, processes
 from .held_out import HeldOut
 from .interrupt import Interrupt
 from .optimizer import adamw, set_lr
-from .resume import check_same_run, checkpoint_to_resume
+from .resume import check_same_run, checkpoint_to_resume, restore
 from .schedule import lr_at
 from .track import LOSSES, Reporter, RunFolder, Stopwatch
 
@@ -58,37 +58,33 @@ def distill(config: DistillConfig) -> Result:
         TrainingError: the loss is not finite any more.
     """
     config.validate()
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError([problem("device", config.device, "cpu or auto: torch sees no CUDA device here")])
     with processes(config.device) as group:
         return _train(config, group)
 
 
 def _train(config: DistillConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
-    source = checkpoint_to_resume(config, run)
+    source, given = checkpoint_to_resume(config, run), config.as_dict()
     method, config = build(config, device)
     loader, config = build_loader(config, method, group)
     if source is not None and config.resume == "auto":
-        check_same_run(config, run)
-    if source is not None:
-        checkpoint.load_student(source, method.student)
+        check_same_run(config, given, run)
     optimizer = adamw(method, config.lr, config.weight_decay, config.betas)
     amp = AMP[config.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    schedule = {name: getattr(config, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")}
     history = torch.zeros(config.log_every, len(LOSSES), device=device)  # of the steps since the last report: `filled`
     step, filled, seconds = 0, 0, 0.0
     if source is not None:
-        state = checkpoint.load_state(source, device)
+        state = restore(source, method, optimizer, scaler, loader)
         step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
         history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
-        method.aligned_feature_projection_heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["rng"].cpu())
-    model = group.wrap(method, find_unused=not config.reconstruct or config.alpha == 0)
-    held_out = HeldOut(config, method, device, amp)
+    model = group.wrap(method, find_unused=not config.reconstruct)
+    held_out = HeldOut(config, method, device, amp) if group.is_main else None
     if group.is_main:
-        run.begin(config.as_dict())
+        run.begin({**config.as_dict(), "given": given})
         run.rewind(step)
     group.barrier()
 
@@ -113,10 +109,7 @@ def _train(config: DistillConfig, group: Processes) -> Result:
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
         while step < config.steps and not interrupt.pressed:
-            epoch = loader.epoch
-            lr = lr_at(
-                epoch, lr=config.lr, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs, epochs=config.epochs
-            )
+            lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
             history[filled] = 0
             for micro in range(config.accumulate):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from fastkd.data import ImageLoader
+from fastkd.methods.dmae import DMAE
+
 from . import checkpoint
 from .config import ConfigError, DistillConfig, problem
 from .track import RunFolder
@@ -32,10 +37,47 @@ def checkpoint_to_resume(config: DistillConfig, run: RunFolder) -> Path | None:
     return source
 
 
-def check_same_run(config: DistillConfig, run: RunFolder) -> None:
-    """ConfigError that lists every resolved setting in which `config` differs from the run that it would continue."""
-    before, now = run.config(), RunFolder.plain(config.as_dict())
-    changed = [k for k in now if k not in _FREE and k in before and now[k] != before[k]]
+def check_same_run(config: DistillConfig, given: dict, run: RunFolder) -> None:
+    """ConfigError that lists every setting in which a config differs from the run that it would continue.
+
+    Args:
+        config: resolved.
+        given: the same before it was resolved: what merely follows from a changed setting is not listed.
+        run: the folder with the run's own config.json.
+    """
+    before, now, given = run.config(), RunFolder.plain(config.as_dict()), RunFolder.plain(given)
+    changed = [
+        name for name in now
+        if name not in _FREE and now[name] != before.get(name)
+        and (name == "amp" or given[name] != before.get("given", {}).get(name))
+    ]  # fmt: skip
     if changed:
         fix = f"repeat the run's value, or continue with another one in a new folder: --resume {run.root} --out NEW"
-        raise ConfigError([problem(k, now[k], f"{before[k]} as in the run in {run.root}", fix) for k in changed])
+        raise ConfigError([problem(k, now[k], f"{before.get(k)} as in the run in {run.root}", fix) for k in changed])
+
+
+def restore(
+    source: Path, method: DMAE, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loader: ImageLoader
+) -> dict:
+    """Puts everything back to where the checkpoint was taken; returns its state (step, history, seconds ...).
+
+    Weight decay and betas stay those of `optimizer`: a run continued into a new folder may change them.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another model, or the images changed.
+    """
+    device = next(method.parameters()).device
+    state = checkpoint.load_state(source, device)
+    options = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
+    try:
+        checkpoint.load_student(source, method.student)
+        method.aligned_feature_projection_heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        loader.load_state_dict(state["loader"])
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError([f"--resume: the checkpoint {source} does not fit: {error}"]) from error
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    torch.set_rng_state(state["rng"].cpu())
+    return state

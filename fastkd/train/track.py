@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import time
 from pathlib import Path
@@ -60,7 +61,9 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drops the metrics after a step: a resumed run writes them again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        self._metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fresh = self._metrics.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(fresh, self._metrics)
 
     def add(self, row: dict) -> None:
         """Appends a line to metrics.jsonl."""
