@@ -33,11 +33,21 @@ class Batch:
             0, 256, (size, recipe.image, recipe.image, recipe.channels), dtype=torch.uint8, generator=generator
         )
         batch = cls(raw, normalise(raw, torch.float32), torch.rand(size, recipe.patches, generator=generator))
-        return Batch(*(t.pin_memory() for t in dataclasses.astuple(batch))) if pin else batch
+        return batch._map(Tensor.pin_memory) if pin else batch
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(function(self.raw), function(self.floats), function(self.noise))
+
+    def to(self, device: str) -> Batch:
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def images(self, mode: Mode) -> Tensor:
+        """The pictures as this mode takes them."""
+        return self.raw if mode.raw else self.floats
 
 
 def normalise(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in IMAGENET)
+    mean, std = (torch.tensor(values, dtype=torch.float64, device=raw.device) for values in IMAGENET)
     return ((raw.double() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype).contiguous()
 
 
@@ -45,9 +55,8 @@ class FastStep:
     """A step as `fastkd distill` runs it, through fastkd's public names only."""
 
     def __init__(
-        self, base: released.DMAE, dtype: torch.dtype, device: str, decode_fraction: float = 1.0, decoder: str = "self",
-        residual: torch.dtype | None = torch.float32,
-    ) -> None:  # fmt: skip
+        self, base: released.DMAE, dtype: torch.dtype, device: str, decode_fraction: float = 1.0, decoder: str = "self"
+    ) -> None:
         from fastkd.methods import DMAE
         from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer
         from fastkd.train.optimizer import adamw
@@ -59,7 +68,7 @@ class FastStep:
         shape = dict(img_size=recipe.image, patch_size=recipe.patch, in_chans=recipe.channels)
         student = MaskedAutoencoderViT(
             **shape, **sizes[0], decoder_embed_dim=recipe.decoder_width, decoder_depth=recipe.decoder_blocks,
-            decoder_num_heads=recipe.decoder_heads, decoder=decoder, residual_dtype=residual,
+            decoder_num_heads=recipe.decoder_heads, decoder=decoder,
         )  # fmt: skip
         student.load_state_dict(base.student.state_dict())
         vit = VisionTransformer(**shape, **sizes[1])
@@ -162,16 +171,10 @@ class Mode:
                 parameter.copy_(self._start[name])
         self._drop_gradients()
 
-    def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = batch.raw if self.raw else batch.floats
-        return images.to(self.device, non_blocking=True), batch.noise.to(self.device, non_blocking=True)
-
     def step(self, batch: Batch, mask_ratio: float, clock: Callable | None = None) -> None:
-        """A whole training step from a batch in (pinned) host memory; `clock` hears where each stage begins."""
+        """A whole training step from a batch on the device; `clock` hears where each stage begins."""
         with self._marked(clock):
-            if clock:
-                clock("data")
-            self.run(*self._images(batch), mask_ratio)
+            self.run(batch.images(self), batch.noise, mask_ratio)
 
     @contextlib.contextmanager
     def _marked(self, clock: Callable | None):
@@ -189,10 +192,10 @@ class Mode:
 
     def gradients(self, batch: Batch, mask_ratio: float) -> tuple[dict[str, float], dict[str, Tensor], int]:
         """(losses, gradients, peak bytes above the resident ones) of the current weights, without an optimiser step."""
-        images, scale, out = self._images(batch), 2.0**12 if self.dtype == "float16" else 1.0, {}
+        scale, out = 2.0**12 if self.dtype == "float16" else 1.0, {}
 
         def run() -> None:
-            out.update(self.run.forward(*images, mask_ratio))
+            out.update(self.run.forward(batch.images(self), batch.noise, mask_ratio))
             (out["loss"] * scale).backward()
             for name in tuple(out):
                 out[name] = out[name].detach() if name in LOSSES else None
@@ -222,7 +225,7 @@ def oracle(
     total = len(batch.raw)
     for start in range(0, total, chunk):
         part = slice(start, start + chunk)
-        images, noise = normalise(batch.raw[part], torch.float64).to(device), batch.noise[part].to(device)
+        images, noise = normalise(batch.raw[part], torch.float64), batch.noise[part]
         out, share = model(images, noise, mask_ratio), len(images) / total
         (out["loss"] * share).backward()
         losses = {name: value + share * out[name].item() for name, value in losses.items()}

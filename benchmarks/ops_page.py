@@ -41,8 +41,8 @@ def page() -> str:
         "# Ops", "",
         "Written by `python benchmarks/report.py` from the OpSpecs and from the rows in benchmarks/results.", "",
         "`reference` is plain PyTorch and runs anywhere in every floating dtype; `cpp` takes float32, bfloat16,",
-        "float16 and float64; `triton` and `cuda` take float32, bfloat16 and float16. MB are the fewest that forward and",
-        "backward must move in float32 in the named benchmark case. `fastkd info` says which backend your machine takes.", "",
+        "float16 and float64; `triton` and `cuda` take float32, bfloat16 and float16. MB are the fewest that forward",
+        "and backward must move in float32 in the named case. `fastkd info` says what your machine takes.", "",
         markdown(["op", "written for", "checked on a GPU", "gradients", "case", "MB", "GFLOP"], overview, 5), "",
     ]  # fmt: skip
     for title, file in (("Measured on a CPU", "ops_cpu"), ("Measured on a GPU", "ops_cuda")):
