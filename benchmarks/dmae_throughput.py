@@ -42,6 +42,7 @@ from common import (
     write_rows,
 )  # fmt: skip
 from modes import EXACT_MODES, INEXACT_MODES, Batch, Mode, faster_attention, gate
+from plots import plot
 from stages import STAGES, StageClock, medians, peak_bytes
 
 MODES = EXACT_MODES + INEXACT_MODES
@@ -234,39 +235,6 @@ def table(rows: list[dict], ratio: float):
     return result
 
 
-def plot(rows: list[dict], path: Path, description: str = "") -> None:
-    """Images per second over the mask ratio, one line a mode, one panel a dtype; `description` goes into the file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 3.8), squeeze=False)
-    for panel, dtype in zip(panels[0], dtypes):
-        for mode in dict.fromkeys(row["mode"] for row in rows):
-            mine = sorted((r for r in rows if r["mode"] == mode and r["dtype"] == dtype), key=lambda r: r["mask_ratio"])
-            if not mine:
-                continue
-            ratios = [100 * r["mask_ratio"] for r in mine]
-            middle = [r["images_per_second"] for r in mine]
-            quartile = list(zip(*(r["images_per_second_quartiles"] for r in mine)))
-            style = dict(
-                marker="o", linewidth=2.5 if mode == "exact" else 1.3, linestyle="-" if mine[0]["exact"] else "--"
-            )
-            (line,) = panel.plot(ratios, middle, label=mode if mine[0]["exact"] else f"{mode} (not exact)", **style)
-            panel.fill_between(ratios, *quartile, color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set(title=dtype, xlabel="masked patches, %", ylabel="images/s, whole training step", ylim=(0, None))
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    first = rows[0]
-    figure.suptitle(f"{first['teacher']} -> {first['student']}, batch {first['batch']}, {first['device']}", fontsize=10)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Description": description})
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     from rich.console import Console
 
@@ -291,7 +259,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for ratio in dict.fromkeys(row["mask_ratio"] for row in rows):
         console.print(table(rows, ratio))
     console.print(
-        "* not exact: another loss or another model. Stages: forward and backward; data (copy to a GPU) is not in the step."
+        "* not exact: another loss or model. Stages: forward and backward; data (copy to a GPU) is not in the step."
     )
     for dtype, roof in benchmark.roofs.items():
         console.print(f"matmul roof in {dtype}: {roof.best / 1e12:.4g} TFLOP/s at {roof.shape}")

@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         if drawn_from(path) != digest(rows):
             stale.append(path)
             if not args.check:
-                from dmae_throughput import plot
+                from plots import plot
 
                 plot(rows, path, digest(rows))
     for path in stale:
