@@ -30,7 +30,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7; x in
 // [-87, 88].
 inline Simd<float>::type exp_in_range(Simd<float>::type x) {
-  typedef int32_t Int __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));  // unsigned: NaN may wrap around
   using S = Simd<float>;
   const S::type magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const S::type shifted = x * 1.44269504088896341f + magic;
@@ -43,9 +43,9 @@ inline Simd<float>::type exp_in_range(Simd<float>::type x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  Int bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  const Int exponent = (bits + 127) << 23;  // the low bits of `shifted` hold n
+  const Bits exponent = (bits + 127) << 23;  // the low bits of `shifted` hold n
   S::type power;
   std::memcpy(&power, &exponent, sizeof(power));
   return p * power;

@@ -44,13 +44,14 @@ PYTHON = [
            "weight = (mask / total).contiguous()", "weight = (mask / mask.sum(1, True) / batch).contiguous()",
            unpinned("mean_over_the_batch")),
     Mutant("pixel loss: biased variance", f"{MASKED}/{PIXEL}.py",
-           "target.var(-1, keepdim=True)", "target.var(-1, keepdim=True, unbiased=False)", golden("pixel", "reference")),
+           "target.var(-1, keepdim=True)", "target.var(-1, keepdim=True, unbiased=False)",
+           golden("pixel", "reference")),
     Mutant("pixel loss: another epsilon", f"{MASKED}/{PIXEL}.py", "+ eps).sqrt()", "+ 10 * eps).sqrt()",
            golden("pixel", "reference")),
     Mutant("pixel loss: half the gradient", f"{MASKED}/{PIXEL}.py", "* (2.0 / pred.shape[-1])",
            "* (1.0 / pred.shape[-1])", golden("pixel", "reference")),
     Mutant("patchify: channel before row and column", f"{MASKED}/images.py",
-           "cut.permute(0, 2, 4, 3, 5, 1).reshape(batch", "cut.permute(0, 2, 4, 1, 3, 5).reshape(batch", golden("patchify")),
+           "permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 1, 3, 5)", golden("patchify")),
     Mutant("uint8 pixels are not divided by 255", f"{MASKED}/images.py", "unit = 255.0 if", "unit = 1.0 if",
            unpinned("uint8")),
     Mutant("mean is not divided by std", f"{MASKED}/images.py", "-mean / std", "-mean", unpinned("uint8")),
@@ -78,9 +79,12 @@ PYTHON = [
            models("teacher_forward")),
     Mutant("the teacher is cut at its first tap", "fastkd/models/teacher.py", "encoder(vit, max(self.blocks) + 1)",
            "encoder(vit, max(self.blocks))", models("teacher_forward")),
-    Mutant("alpha is ignored", "fastkd/methods/dmae.py", "+ self.alpha * align_loss", "+ align_loss", unpinned("alpha")),
-    Mutant("the CLS row is not aligned", "fastkd/methods/dmae.py", "        if ours == theirs <= 1:\n            return student, teacher\n",
-           "        if ours == theirs <= 1:\n            return student[:, 1:], teacher[:, 1:]\n", models("student_forward")),
+    Mutant("alpha is ignored", "fastkd/methods/dmae.py",
+           "+ self.alpha * align_loss", "+ align_loss", unpinned("alpha")),
+    Mutant("the CLS row is not aligned", "fastkd/methods/dmae.py",
+           "        if ours == theirs <= 1:\n            return student, teacher\n",
+           "        if ours == theirs <= 1:\n            return student[:, 1:], teacher[:, 1:]\n",
+           models("student_forward")),
     Mutant("only the last pair counts", "fastkd/methods/dmae.py", "align_loss = align_loss + self._align(",
            "align_loss = self._align(", unpinned("pairs")),
     Mutant("the teacher gets the student's statistics", "fastkd/methods/dmae.py",
@@ -132,10 +136,14 @@ NATIVE = [
     Mutant("C++ assembly: the last filled row has no gradient", f"csrc/{ASSEMBLE}.cpp",
            "for (int64_t i = given; i < total; ++i) add_row(grad(b, i), width, sum);",
            "for (int64_t i = given; i < total - 1; ++i) add_row(grad(b, i), width, sum);", accuracy(ASSEMBLE, "cpp")),
-    Mutant("C++ attention: softmax scale", "csrc/attention.cpp", "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
+    Mutant("C++ attention: softmax scale", "csrc/attention.cpp",
+           "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
            "q.load(s.queries, Q, dp, A(1) / A(s.dim));", accuracy("attention", "cpp")),
 ]  # fmt: skip
 
+# No bug: shows that the judge does not call everything found.
+HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
+                  ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
 MUTANTS = PYTHON + TRITON + NATIVE
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

@@ -1,26 +1,56 @@
 """Plants known bugs one at a time in a copy of the package; the tests must notice every one.
 
-    python tests/mutation/run.py [--list] [words in the name ...]
+    python tests/mutation/run.py [--list | --quick] [words in the name ...]
 
 Prints a line per bug and exits with 1 if one survives. C++ bugs are compiled for this machine's CPU variant only.
+--quick plants the few that the test suite does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+for heavy in ("hypothesis", "triton", "torch._dynamo"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(heavy)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from native import compile_cpu_library  # noqa: E402
-from process import PACKAGE_ROOT, TESTS, run_pytest  # noqa: E402
+from process import PACKAGE_ROOT, TESTS  # noqa: E402
 
-from mutation.mutants import MUTANTS, QUICK, Mutant  # noqa: E402
+from mutation.mutants import HARMLESS, MUTANTS, QUICK, Mutant  # noqa: E402
 
 SOURCES = TESTS.parent  # csrc/ is there; the package may be installed elsewhere
+
+
+def run_in_child(root: Path, arguments: tuple[str, ...], log: Path, environment: dict[str, str]) -> NoReturn:
+    """Runs pytest with the package in `root`, and ends the process."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("fastkd", "native", "process"):
+            del sys.modules[name]
+    os.environ.update(environment)
+    sys.path.insert(0, str(root))
+    os.chdir(TESTS)
+    code = pytest.main(["-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 class Workspace:
@@ -32,13 +62,15 @@ class Workspace:
         shutil.copytree(PACKAGE_ROOT / "fastkd", folder / "fastkd", ignore=ignore)
         shutil.copytree(SOURCES / "csrc", folder / "csrc", ignore=ignore)
 
-    def test(self, mutant: Mutant, **environment) -> str:
+    def test(self, mutant: Mutant, **environment: str) -> str:
         """``passed``, ``failed``, or what else pytest said."""
-        done = run_pytest("-x", *mutant.tests, root=self.folder, **environment)
-        words = {0: "passed", 1: "failed"}
-        return words.get(
-            done.returncode, f"error: pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}"
-        )
+        log = self.folder / "pytest.log"
+        sys.stdout.flush()
+        child = os.fork()  # torch is imported already: a run takes a second or two
+        if child == 0:
+            run_in_child(self.folder, mutant.tests, log, environment)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return {0: "passed", 1: "failed"}.get(code, f"error: pytest exited with {code}\n{log.read_text()[-3000:]}")
 
     def judge(self, mutant: Mutant) -> str:
         """``killed``, ``survived``, or an error."""
@@ -52,7 +84,7 @@ class Workspace:
             if mutant.file.startswith("csrc/"):
                 library = self.folder / "planted.so"
                 compile_cpu_library(self.folder, library)
-                environment["FASTKD_CPU_LIBRARY"] = library
+                environment["FASTKD_CPU_LIBRARY"] = str(library)
             result = self.test(mutant, **environment)
         except AssertionError as error:
             return f"error: does not compile\n{error}"
@@ -75,6 +107,9 @@ def main(arguments: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder))
+        if workspace.judge(HARMLESS) != "survived":
+            print("a change that is no bug does not survive")
+            return 1
         for tests in dict.fromkeys(m.tests for m in chosen):
             clean = workspace.test(Mutant("", "", "", "", tests))
             if clean != "passed":
