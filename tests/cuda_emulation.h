@@ -83,21 +83,23 @@ inline void run_block() {
     f.context.uc_link = &block.scheduler;
     makecontext(&f.context, enter, 0);
   }
+  // One end of the block runs ahead as far as it can, in every other block the far end: a missing barrier shows.
+  const bool backwards = (blockIdx.x + blockIdx.y) % 2;
   for (size_t left = count; left > 0;) {
-    bool moved = false;
-    for (Fiber& f : block.fibers) {
-      if (f.done || (f.waits && f.waits->generation == f.generation)) continue;
-      moved = true;
-      f.waits = nullptr;
-      block.current = &f;
-      threadIdx = f.index;
-      swapcontext(&block.scheduler, &f.context);
-      left -= f.done;
+    Fiber* next = nullptr;
+    for (size_t i = 0; i < count && !next; ++i) {
+      Fiber& f = block.fibers[backwards ? count - 1 - i : i];
+      if (!f.done && !(f.waits && f.waits->generation == f.generation)) next = &f;
     }
-    if (!moved) {
+    if (!next) {
       std::fprintf(stderr, "cuda emulation: threads wait at a barrier that others never reach\n");
       std::abort();
     }
+    next->waits = nullptr;
+    block.current = next;
+    threadIdx = next->index;
+    swapcontext(&block.scheduler, &next->context);
+    left -= next->done;
   }
 }
 

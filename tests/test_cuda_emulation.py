@@ -135,6 +135,18 @@ def test_reruns_are_bit_equal_and_equal_rows_have_no_gradient(emulated):
     assert same.outputs[0] == 0 and same.gradients["student"].abs().max() == 0
 
 
+def test_below_the_norm_floor_the_divisor_is_constant(emulated):
+    student, teacher = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    student[0, 1], student[1, 2] = 0, torch.linspace(-1e-13, 1e-13, 24)
+    gradients = []
+    for name in ("cuda", "reference"):
+        x = student.clone().requires_grad_()
+        with backend(name):
+            gradients += torch.autograd.grad(feature_alignment_loss(x, teacher, loss="l2"), x)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert gradients[0][1, 2].abs().max() > 1e6
+
+
 def test_noise_with_nan_sorts_as_argsort(emulated):
     noise = torch.rand(3, 50, dtype=torch.float64)
     noise[1, 7] = noise[1, 30] = float("nan")
