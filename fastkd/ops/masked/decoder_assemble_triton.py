@@ -69,7 +69,7 @@ def forward(tokens, fill, pos_embed, ids, num_prefix: int, out: torch.Tensor) ->
     _forward_kernel[(triton.cdiv(rows, 4), triton.cdiv(width, block))](
         tokens, fill, fill if pos_embed is None else pos_embed, ids, out, rows, total, tokens.shape[1], num_prefix,
         width, *tokens.stride()[:2], *ids.stride(), PER_PATCH=len(fill) > 1, POSITION=pos_embed is not None, ROWS=4,
-        BLOCK=block, num_warps=4,
+        BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def backward(grad_out, ids, given: int, num_prefix: int, grad_fill: torch.Tensor
     if patches == 1:
         partial = torch.empty(batch, width, dtype=torch.float32, device=grad_out.device)
         _image_sums_kernel[(batch, columns)](
-            grad_out, partial, given, total, width, *strides, ROWS=16, BLOCK=block, num_warps=4
+            grad_out, partial, given, total, width, *strides, ROWS=16, BLOCK=block, num_warps=4, enable_fp_fusion=True
         )
         grad_fill.copy_(partial.sum(0, keepdim=True))
         return
@@ -90,5 +90,6 @@ def backward(grad_out, ids, given: int, num_prefix: int, grad_fill: torch.Tensor
     place = torch.full((batch, patches), -1, dtype=torch.int32, device=ids.device)
     place.scatter_(1, ids[:, given - num_prefix :], rows)
     _patch_sums_kernel[(patches, columns)](
-        grad_out, place, grad_fill, batch, patches, width, *strides, IMAGES=16, BLOCK=block, num_warps=4
-    )
+        grad_out, place, grad_fill, batch, patches, width, *strides, IMAGES=16, BLOCK=block, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip

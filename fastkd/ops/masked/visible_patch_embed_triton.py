@@ -113,7 +113,7 @@ def _options(images: torch.Tensor, patch: tuple[int, int], dtype: torch.dtype) -
     channels = images.shape[1]
     return dict(
         C=channels, PH=patch[0], PW=patch[1], LAST=images.stride(1) == 1 and images.stride(3) == channels,
-        DOT=_dot(dtype), num_warps=8, num_stages=3 if images.element_size() < 4 else 2,
+        DOT=_dot(dtype), enable_fp_fusion=True, num_warps=8, num_stages=3 if images.element_size() < 4 else 2,
     )  # fmt: skip
 
 
