@@ -117,6 +117,59 @@ def draw(pick: torch.Generator, shapes: dict) -> dict:
     return {name: one(name, shape) for name, shape in shapes.items()}
 
 
+def writer(folder: Path, split: str, meta: str):
+    """write(name, tensors): floating tensors are stored float32, scalars float64."""
+
+    def write(name: str, arrays: dict) -> None:
+        stored = {k: v.detach().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
+        stored = {k: v.astype(np.float32) if v.ndim and v.dtype == np.float64 else v for k, v in stored.items()}
+        np.savez(folder / f"dmae_{name}_{split}.npz", meta=meta, **stored)
+
+    return write
+
+
+def make_ops(folder: Path, seed: int, split: str = "made") -> None:
+    """Writes files of the ops with other keys than usual: unequal masks, one channel, no bias, missing branches."""
+    pick = torch.Generator().manual_seed(seed)
+    draw_one = lambda *shape: torch.randn(shape, generator=pick).double()  # noqa: E731
+    write = writer(folder, f"{split}{seed}", json.dumps({"hyperparameters": {"mask_ratio": 0.6}}))
+
+    images, pred = draw_one(2, 1, 6, 20), draw_one(2, 8, 15).requires_grad_()  # 2 x 4 patches of 3 x 5
+    mask = (torch.rand(2, 8, generator=pick) < torch.tensor([[0.3], [0.8]])).double()
+    mask[:, 0] = 1
+    loss = pixel_loss(pred, images, mask, (3, 5), True)
+    (grad,) = torch.autograd.grad(loss, pred)
+    arrays = {"imgs": images, "pred": pred, "mask": mask, "patch_size": [3, 5]}
+    write("pixel_loss", arrays | {"loss_normpix": loss, "grad_pred_normpix": grad})
+
+    noise = torch.rand(2, 7, generator=pick)
+    shuffle = noise.argsort(1)
+    keep = int(7 * (1 - 0.6))
+    restore = shuffle.argsort(1)
+    found = {"ids_keep": shuffle[:, :keep], "ids_restore": restore, "mask": (restore >= keep).double()}
+    write("random_masking", {"noise": noise} | found)
+
+    teacher, student = draw_one(2, 3, 10), draw_one(2, 3, 6).requires_grad_()
+    weights = {"proj_weight": draw_one(10, 6), "mlp_fc1_weight": draw_one(4, 6), "mlp_fc2_weight": draw_one(10, 4)}
+    weights = {k: v.requires_grad_() for k, v in weights.items()}
+    hidden = F.gelu(student @ weights["mlp_fc1_weight"].t())
+    branches = {
+        "L2": align_loss(student @ weights["proj_weight"].t(), teacher, "L2"),
+        "mlp_L2": align_loss(hidden @ weights["mlp_fc2_weight"].t(), teacher, "L2"),
+    }
+    arrays = {"feature_teacher": teacher, "feature_student": student} | weights
+    for case, loss in branches.items():
+        used = [k for k in weights if k.startswith("mlp") == case.startswith("mlp")]
+        grads = torch.autograd.grad(loss, [student, *(weights[k] for k in used)])
+        arrays |= {f"loss_{case}": loss, f"grad_feature_student_{case}": grads[0]}
+        arrays |= {f"grad_{k}" + ("" if k.startswith("mlp") else f"_{case}"): g for k, g in zip(used, grads[1:])}
+    write("distill_loss", arrays)
+
+    cut = draw_one(2, 3, 4, 2, 5, 1)  # [B, rows, columns, ph, pw, C]
+    joined = cut.permute(0, 5, 1, 3, 2, 4).reshape(2, 1, 6, 20)
+    write("patchify", {"imgs_0": joined, "patches_0": cut.flatten(3).flatten(1, 2), "patch_size_0": [2, 5]})
+
+
 def make(folder: Path, seed: int, split: str = "made") -> dict:
     """Writes the teacher_forward, student_forward and student_grads files of one random configuration."""
     choose, pick = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -174,14 +227,7 @@ def make(folder: Path, seed: int, split: str = "made") -> dict:
     found["loss_total"] = total
     total.backward()
 
-    def write(name: str, arrays: dict) -> None:
-        arrays = {k: v.detach() for k, v in arrays.items()}
-        stored = {
-            k: v.numpy() if v.ndim == 0 or not v.is_floating_point() else v.numpy().astype(np.float32)
-            for k, v in arrays.items()
-        }
-        np.savez(folder / f"dmae_{name}_{split}{seed}.npz", meta=meta, **stored)
-
+    write = writer(folder, f"{split}{seed}", meta)
     write("teacher_forward", common | {"noise": noise} | targets | {f"param/{k}": v for k, v in teacher.items()})
     write("student_forward", common | targets | found | {f"param/{k}": v for k, v in student.items()})
     write("student_grads", {"loss_total": total} | {f"grad/{k}": v.grad for k, v in trained.items()})

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import plain_dmae
 import pytest
+import test_golden_dmae as op_tests
 import test_golden_models as models
 import torch
 from conftest import BACKENDS_HERE
@@ -39,6 +40,20 @@ def test_golden_without_the_teachers_parameters(tmp_path):
         Golden(tmp_path / "dmae_student_forward_made4.npz"), FASTEST, torch.float64, True
     )
     models.test_golden_student_grads(Golden(tmp_path / "dmae_student_grads_made4.npz"), FASTEST, torch.float64, True)
+
+
+@pytest.mark.parametrize("name", BACKENDS_HERE)
+def test_golden_ops_with_other_keys(name, tmp_path):
+    """Unequal masks, one channel, oblong patches, no bias, missing branches: sizes and flags come from the file."""
+    plain_dmae.make_ops(tmp_path, 3)
+    files = {
+        part: Golden(tmp_path / f"dmae_{part}_made3.npz") for part in ("pixel_loss", "random_masking", "distill_loss")
+    }
+    for dtype in (torch.float32, torch.float64) if name in ("reference", "cpp") else (torch.float32,):
+        op_tests.test_golden_pixel_loss(files["pixel_loss"], name, dtype)
+        op_tests.test_golden_random_masking(files["random_masking"], name, dtype)
+        op_tests.test_golden_distill_loss(files["distill_loss"], name, dtype)
+    op_tests.test_golden_patchify(Golden(tmp_path / "dmae_patchify_made3.npz"))
 
 
 def test_a_wrong_number_in_a_file_fails(tmp_path):
