@@ -184,8 +184,8 @@ def make(folder: Path, seed: int, split: str = "made") -> dict:
     normpix, criterion, mlp = choose.random() < 0.5, choose.choice(["L1", "L2"]), choose.choice([2, 4])
     rows, columns = grid[0] * patch[0], grid[1] * patch[1]
     config = dict(
-        N=batch, img=[rows, columns], p=list(patch), ratio=ratio, ds=ds, hs=hs, depth_s=depth_s, al_s=al_s, dd=dd, hd=hd,
-        depth_d=depth_d, dt=dt, ht=ht, depth_t=depth_t, al_t=al_t, normpix=normpix, crit=criterion,
+        N=batch, img=[rows, columns], p=list(patch), ratio=ratio, ds=ds, hs=hs, depth_s=depth_s, al_s=al_s, dd=dd,
+        hd=hd, depth_d=depth_d, dt=dt, ht=ht, depth_t=depth_t, al_t=al_t, normpix=normpix, crit=criterion,
     )  # fmt: skip
     meta = json.dumps({"source": "tests/plain_dmae.py", "config": config, "layernorm_eps": EPS})
     patches = grid[0] * grid[1]
