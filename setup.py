@@ -6,7 +6,7 @@
 
 Environment variables:
     FASTKD_BUILD=cpu,cuda    parts to build (default both; FASTKD_BUILD=none installs pure Python)
-    FASTKD_CPU_VARIANTS      default avx2,avx512,amx on x86-64
+    FASTKD_CPU_VARIANTS      default on x86-64: avx2 and the best of avx512 and amx that this CPU has
     FASTKD_CUDA_ARCHS        default 80,90a,100, as far as nvcc knows them
     FASTKD_REQUIRE_NATIVE=1  fail instead of installing without what could not be built
 """
@@ -65,6 +65,16 @@ def find_cuda() -> Path | None:
         if (Path(folder) / "include/cuda_runtime.h").exists() and (Path(folder) / "bin/nvcc").exists():
             return Path(folder)
     return None
+
+
+def default_variants() -> str:
+    """What serves this CPU best and, for other machines that share the installation, what nearly every x86-64 has."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "generic"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    best = "amx" if {"amx_bf16", "avx512_fp16"} <= flags else "avx512" if {"avx512vl", "avx512bw"} <= flags else None
+    return f"avx2,{best}" if best else "avx2"
 
 
 def run(command: list) -> None:
@@ -136,8 +146,7 @@ class NativeBuild(build_ext):
         ]  # fmt: skip
 
     def build_cpu(self) -> str | None:
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        variants = os.environ.get("FASTKD_CPU_VARIANTS", "avx2,avx512,amx" if x86 else "generic").split(",")
+        variants = os.environ.get("FASTKD_CPU_VARIANTS", default_variants()).split(",")
         link = ["-shared", f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
 
         def build(variant: str) -> tuple[str, str | None]:
