@@ -1,4 +1,5 @@
 // Pixel loss of masked patches: targets are made row by row in a scratch line, never as a tensor.
+#include "convert.h"
 #include "pixels.h"
 
 #include <numeric>
@@ -35,7 +36,10 @@ struct PixelLoss {
         reader.read_channels_last(b, data<int64_t>(ids)[b * ids.stride(0) + k * ids.stride(1)], target.data());
         if (norm_pix) normalise(target.data(), pixels);
         const T* p = values + b * sb + k * sk;
-        for (int64_t i = 0; i < pixels; ++i) x[i] = static_cast<A>(p[i * sp]);
+        if (sp == 1)
+          convert_row(p, pixels, x.data());
+        else
+          for (int64_t i = 0; i < pixels; ++i) x[i] = static_cast<A>(p[i * sp]);
         visit(row, w, x.data(), target.data());
       }
     });
@@ -94,9 +98,11 @@ void masked_pixel_loss_backward(const Tensor& grad_loss, const Tensor& pred, con
       const A upstream = *data<A>(grad_loss);
       T* out = mutable_data<T>(grad_pred);
       op.for_rows<T, typename decltype(pixel)::type>(
-          [&](int64_t row, A w, const A* x, const A* target) {
+          [&](int64_t row, A w, const A* x, A* target) {
             const A scale = upstream * w * 2 / n;
-            for (int64_t i = 0; i < n; ++i) out[row * n + i] = static_cast<T>((x[i] - target[i]) * scale);
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) target[i] = (x[i] - target[i]) * scale;
+            convert_row(target, n, out + row * n);
           },
           [&](int64_t row) { std::fill_n(out + row * n, n, T(0)); });
     });
