@@ -110,15 +110,24 @@ void backward_head(const Shape& s, const Head<T>& g, const Head<T>& q, const Hea
   small_gemm(s.queries, kp, s.dim, Q, dp, 1, KT, kp, P, kp);
   small_gemm(s.queries, kp, s.dim, G, dp, 1, VT, kp, D, kp);
   for (int64_t i = 0; i < s.queries; ++i) {
-    A delta = 0;  // sum_j P_ij dP_ij = g . out
-    for (int64_t j = 0; j < s.dim; ++j) delta += G[i * dp + j] * static_cast<A>(out.base[i * out.row + j]);
     A *p = P + i * kp, *d = D + i * kp;
     for (int64_t j = s.keys; j < kp; ++j) p[j] = -INFINITY;
+    // delta = sum_j P_ij dP_ij / sum_j P_ij from the very terms that it is taken from: exact where they cancel, blind to
+    // the rounding of lse and, unlike g . out, to that of out.
+    typename S::type sum{}, total{};
     for (int64_t j = 0; j < kp; j += S::lanes) {
       const auto e = exp(S::load(p + j) - lse[i]);
       S::store(p + j, e);
-      S::store(d + j, e * (S::load(d + j) - delta));
+      sum += e * S::load(d + j);
+      total += e;
     }
+    A delta = 0, weight = 0;
+    for (int64_t j = 0; j < S::lanes; ++j) {
+      delta += sum[j];
+      weight += total[j];
+    }
+    delta /= weight;
+    for (int64_t j = 0; j < kp; j += S::lanes) S::store(d + j, S::load(p + j) * (S::load(d + j) - delta));
   }
   small_gemm(s.keys, dp, s.queries, P, 1, kp, G, dp, result, dp);
   grad_v.store(s.keys, result, dp);

@@ -35,8 +35,8 @@ STRESS = {
 def ill_posed(op: str, case: dict, dtype: torch.dtype, stress: str) -> bool:
     """Combinations in which little but rounding is left to compare."""
     if op == "attention":
-        # Scores of 1e8 have no gradient left, nor have equal keys for the query. Backward reads the result in 16 bits, as flash attention does: the
-        # gradient of a sharp softmax, a small difference of large terms, loses more than plain float32 sums would.
+        # Scores of 1e8 have no gradient left, nor have equal keys for the query. The AMX kernel reads the result in 16
+        # bits, as flash attention does, and loses some of the gradient of a sharp softmax.
         return stress in ("huge", "constant") or (case["scale"] > 1 and dtype.itemsize == 2)
     if op == "residual_layer_norm":  # without variance, the rounding of the mean is divided by sqrt(eps)
         return stress == "constant"

@@ -36,7 +36,7 @@ def _probabilities(query: Tensor, key: Tensor, num_heads: int) -> tuple[Tensor, 
     q, k = (_heads(t.to(_wide(t.dtype)), num_heads) for t in (query, key))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp(), lse
+    return scores.softmax(-1), lse
 
 
 def _fill_forward(query: Tensor, key_value: Tensor, num_heads: int, out: Tensor, lse: Tensor) -> None:
@@ -52,10 +52,13 @@ def _fill_backward(
 ) -> None:  # fmt: skip
     wide = _wide(query.dtype)
     key, value = key_value.chunk(2, -1)
-    g, q, k, v, o = (_heads(t.to(wide), num_heads) for t in (grad_out, query, key, value, out))
+    g, q, k, v = (_heads(t.to(wide), num_heads) for t in (grad_out, query, key, value))
     scale = 1 / math.sqrt(q.shape[-1])
-    probabilities = (q @ k.transpose(-1, -2) * scale - lse[..., None]).exp()
-    grad_scores = probabilities * (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
+    probabilities = (q @ k.transpose(-1, -2) * scale).softmax(-1)
+    grad_probabilities = g @ v.transpose(-1, -2)
+    # Not g . out: the sum of the same terms cancels them exactly, and knows nothing of the rounding of out.
+    delta = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+    grad_scores = probabilities * (grad_probabilities - delta) * scale
     gradients = (grad_scores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ g)
     grad_query.copy_((grad_scores @ k).transpose(1, 2).flatten(2))
     grad_key_value.copy_(torch.cat([t.transpose(1, 2).flatten(2) for t in gradients], -1))
