@@ -4,7 +4,15 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kChunk = 32;  // rows that share one partial sum of weight gradients, for any number of threads
+constexpr int64_t kChunk = 64;  // rows that share one partial sum of weight gradients, for any number of threads
+
+// The row itself where it is wide already, else a converted copy in `buffer`.
+template <class A, class T>
+const A* wide_row(const T* row, int64_t n, A* buffer) {
+  if constexpr (std::is_same_v<A, T>) return row;
+  convert_row(row, n, buffer);
+  return buffer;
+}
 
 template <class X, class Delta, class Out>
 void norm_forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, const Tensor& bias,
@@ -21,27 +29,32 @@ void norm_forward(const Tensor& x, const std::optional<Tensor>& delta, const Ten
     std::vector<A> scratch(2 * dim);
     A *t = scratch.data(), *d = t + dim;
     for (int64_t row = begin; row < end; ++row) {
-      convert_row(from(row / tokens, row % tokens), dim, t);
+      const A* value = wide_row(from(row / tokens, row % tokens), dim, t);
+      A mean = 0, square = 0;
       if (sums) {
         X* sum = sums + row * dim;
-        convert_row(step(row / tokens, row % tokens), dim, d);
+        const A* add = wide_row(step(row / tokens, row % tokens), dim, d);
+        A* line = line_for<A>(sum, scratch);
 #pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) t[j] += d[j];
-        convert_row(t, dim, sum);
-        if constexpr (!std::is_same_v<X, A>) convert_row(sum, dim, t);  // statistics of what is stored
+        for (int64_t j = 0; j < dim; ++j) line[j] = value[j] + add[j];
+        if constexpr (!std::is_same_v<X, A>) {  // statistics of what is stored
+          convert_row(line, dim, sum);
+          convert_row(sum, dim, line);
+        }
+        value = line;
       }
-      A mean = 0, square = 0;
 #pragma omp simd reduction(+ : mean)
-      for (int64_t j = 0; j < dim; ++j) mean += t[j];
+      for (int64_t j = 0; j < dim; ++j) mean += value[j];
       mean /= dim;
 #pragma omp simd reduction(+ : square)
-      for (int64_t j = 0; j < dim; ++j) square += (t[j] - mean) * (t[j] - mean);
+      for (int64_t j = 0; j < dim; ++j) square += (value[j] - mean) * (value[j] - mean);
       const A scale = 1 / std::sqrt(square / dim + A(eps));
       statistics[2 * row] = mean;
       statistics[2 * row + 1] = scale;
+      A* out = line_for<A>(result + row * dim, scratch);
 #pragma omp simd
-      for (int64_t j = 0; j < dim; ++j) t[j] = (t[j] - mean) * scale * w[j] + b[j];
-      convert_row(t, dim, result + row * dim);
+      for (int64_t j = 0; j < dim; ++j) out[j] = (value[j] - mean) * scale * w[j] + b[j];
+      if constexpr (!std::is_same_v<Out, A>) convert_row(out, dim, result + row * dim);
     }
   });
 }
@@ -67,31 +80,32 @@ void norm_backward(const std::optional<Tensor>& grad_total, const Tensor& grad_n
       A *dw = partial.data() + chunk * 2 * dim, *db = dw + dim;
       for (int64_t row = chunk * kChunk; row < std::min(rows, (chunk + 1) * kChunk); ++row) {
         const A mean = statistics[2 * row], scale = statistics[2 * row + 1];
-        convert_row(from(row / tokens, row % tokens), dim, h);
-        convert_row(upstream(row / tokens, row % tokens), dim, u);
+        const A* value = wide_row(from(row / tokens, row % tokens), dim, h);
+        const A* g = wide_row(upstream(row / tokens, row % tokens), dim, u);
         A sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
         for (int64_t j = 0; j < dim; ++j) {
-          h[j] = (h[j] - mean) * scale;
-          y[j] = u[j] * w[j];
-          sum += y[j];
-          dot += y[j] * h[j];
-        }
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) {
-          dw[j] += u[j] * h[j];
-          db[j] += u[j];
+          const A centred = (value[j] - mean) * scale, weighted = g[j] * w[j];
+          h[j] = centred;
+          y[j] = weighted;
+          sum += weighted;
+          dot += weighted * centred;
+          dw[j] += g[j] * centred;
+          db[j] += g[j];
         }
         sum /= dim;
         dot /= dim;
-        if (has_through)
-          convert_row(through(row / tokens, row % tokens), dim, u);
-        else
-          std::fill_n(u, dim, A(0));
+        A* dx = line_for<A>(gradient + row * dim, scratch);  // the scratch line is that of h: read before written
+        if (has_through) {
+          const A* pass = wide_row(through(row / tokens, row % tokens), dim, u);
 #pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) y[j] = u[j] + scale * (y[j] - sum - h[j] * dot);
-        convert_row(y, dim, gradient + row * dim);
-        if (gradient_delta) convert_row(y, dim, gradient_delta + row * dim);
+          for (int64_t j = 0; j < dim; ++j) dx[j] = pass[j] + scale * (y[j] - sum - h[j] * dot);
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < dim; ++j) dx[j] = scale * (y[j] - sum - h[j] * dot);
+        }
+        if constexpr (!std::is_same_v<X, A>) convert_row(dx, dim, gradient + row * dim);
+        if (gradient_delta) convert_row(dx, dim, gradient_delta + row * dim);
       }
     }
   });
