@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 
 from fastkd.ops import BACKENDS, SPECS, OpSpec, _dispatch  # noqa: E402
 
-# Test tensors are tiny; test_ops.py and test_fuzz.py use several threads.
+# Test tensors are tiny; accuracy tests and fuzzing use several threads.
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,12 +61,17 @@ def prefer(name: str) -> Iterator[None]:
         _dispatch.Kernel.order = original
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What a test sets does not reach the next one: bits of a training run depend on the number of threads."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def several_threads():
     """Kernels split their work, also on a machine with one core."""
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

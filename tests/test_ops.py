@@ -63,7 +63,6 @@ def test_the_number_of_threads_changes_nothing(spec):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
                 results.append(evaluate(spec, spec.function, kwargs))
-        torch.set_num_threads(1)
         check_same(*results, 1e-6, spec.name)
 
 
