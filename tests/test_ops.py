@@ -53,7 +53,7 @@ def test_reruns_are_bit_equal(spec, name):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_number_of_threads_changes_nothing(spec):
-    """Reductions run in a fixed order: the same bits with 1 and 3 threads."""
+    """Reductions run in a fixed order: the same bits with 1 and 3 threads (torch's matrix products aside)."""
     if "cpp" not in backends_of(spec):
         pytest.skip("the native CPU library is not built")
     for case in spec.cases.values():
@@ -63,7 +63,7 @@ def test_the_number_of_threads_changes_nothing(spec):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
                 results.append(evaluate(spec, spec.function, kwargs))
-        check_same(*results, 1e-6, spec.name)
+        check_same(*results, 1e-6 if spec.name == "visible_patch_embed" else 0, spec.name)
 
 
 @each_layout
