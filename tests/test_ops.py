@@ -227,7 +227,7 @@ def test_empty_batch(spec, name):
 
 @each_op
 def test_wrong_arguments_are_named(spec):
-    """A tensor with too many dimensions (unless any shape is fine), or of complex dtype: an error with op and argument."""
+    """Too many dimensions (unless any shape is fine), or complex numbers: an error with op and argument."""
     kwargs = first_case(spec)
     for argument, value in kwargs.items():
         if not isinstance(value, torch.Tensor):
