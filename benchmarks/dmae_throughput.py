@@ -1,6 +1,7 @@
 """How fast one DMAE training step is, against the published recipe and against plain PyTorch.
 
     python benchmarks/dmae_throughput.py                    # fits the machine; under 3 minutes on two cores
+    python benchmarks/dmae_throughput.py --full             # on a CPU: more of everything, about half an hour
     python benchmarks/dmae_throughput.py --ratios 0.95 --dtypes bfloat16 --modes released,exact --batch 16 --rounds 20
 
 Modes, all from the same weights, pictures and masks, timed in turn round after round:
@@ -41,7 +42,8 @@ from common import (
     seconds,
     write_rows,
 )  # fmt: skip
-from modes import EXACT_MODES, INEXACT_MODES, Batch, Mode, faster_attention, gate
+from gate import gate
+from modes import EXACT_MODES, INEXACT_MODES, Batch, Mode, faster_attention
 from plots import plot
 from stages import STAGES, StageClock, medians, peak_bytes
 
@@ -56,8 +58,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images per step (default: 128 on a GPU, 4 on a CPU)")
     parser.add_argument("--ratios", default="0.75,0.9,0.95,0.98", help="mask ratios")
     parser.add_argument("--dtypes", help="float32, bfloat16, float16 (default: bfloat16; on a CPU float32 too)")
-    parser.add_argument("--modes", help="default: all in the first dtype; released, compiled and exact in the others")
+    parser.add_argument("--modes", help="default: all in the first dtype; released and exact in the others")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 15 on a GPU, 3 on a CPU)")
+    parser.add_argument(
+        "--full", action="store_true",
+        help="all exact modes in every dtype, whole-graph compilation; on a CPU batch 8 and 7 rounds",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, help="steps per mode and round (default: 3 on a GPU, 1 on a CPU)")
     parser.add_argument(
         "--compile", choices=("blocks", "whole"), help="what `compiled` compiles (default: whole on a GPU)"
@@ -70,10 +76,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tag", default="", help="added to the names of the files")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder for JSONL and PNG")
     args = parser.parse_args(argv)
-    gpu = args.device == "cuda"
+    gpu, full = args.device == "cuda", args.full
     default = dict(
-        teacher=("small", "large"), student=("tiny", "base"), batch=(4, 128), rounds=(3, 15), repeat=(1, 3),
-        compile=("blocks", "whole"), compile_mode=("default", "max-autotune"),
+        teacher=("small", "large"), student=("tiny", "base"), batch=(8 if full else 4, 128),
+        rounds=(7 if full else 3, 15), repeat=(1, 3),
+        compile=("whole" if full else "blocks", "whole"), compile_mode=("default", "max-autotune"),
         dtypes=("bfloat16,float32" if has_bf16_units(args.device) else "float32", "bfloat16"),
     )  # fmt: skip
     for name, (on_cpu, on_gpu) in default.items():
@@ -88,7 +95,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: got {', '.join(sorted(unknown))}, expected some of {', '.join(allowed)}")
     if "released" not in chosen:
         chosen.insert(0, "released")  # the gate needs it
-    fewer = chosen if args.modes else ["released", "compiled", "exact"]
+    fewer = chosen if args.modes else list(EXACT_MODES) if full else ["released", "exact"]
     args.modes = {dtype: chosen if dtype == args.dtypes[0] else fewer for dtype in args.dtypes}
     return args
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 import dmae_throughput  # noqa: E402
 import flops  # noqa: E402
+import gate  # noqa: E402
 import modes  # noqa: E402
 import report  # noqa: E402
 from baselines import Recipe, eager, released  # noqa: E402
@@ -45,11 +46,11 @@ def test_gate_passes_the_right_step_and_stops_a_wrong_one():
     torch.manual_seed(0)
     base, batch = released.DMAE(TINY), modes.Batch.random(TINY, 4)
     chosen = [modes.Mode(name, "float32", base, "cpu") for name in ("released", "eager", "exact", "decode_25", "cross")]
-    found = modes.gate(chosen, base, batch, 0.75, "cpu")
+    found = gate.gate(chosen, base, batch, 0.75, "cpu")
     assert found["exact float32"]["worst_gradient_error"] < 1e-4 and found["exact float32"]["peak_bytes"] > 0
     chosen[2].run.model.alpha = 0.99
     with pytest.raises(SystemExit, match="exact float32 at 75% is NOT the published step"):
-        modes.gate(chosen, base, batch, 0.75, "cpu")
+        gate.gate(chosen, base, batch, 0.75, "cpu")
 
 
 def test_rows_and_tables(tmp_path, monkeypatch):

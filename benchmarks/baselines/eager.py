@@ -57,14 +57,6 @@ class DMAE(released.DMAE):
                      "decoder_pred"):  # fmt: skip
             delattr(teacher, name)
 
-    def load_from(self, model: released.DMAE) -> DMAE:
-        self.student.load_state_dict(model.student.state_dict())
-        self.projector.load_state_dict(model.projector.state_dict())
-        self.teacher.load_state_dict(
-            {k: v for k, v in model.teacher.state_dict().items() if k in self.teacher.state_dict()}
-        )
-        return self
-
     def gather_patches(self, images: Tensor, ids: Tensor) -> Tensor:
         """[B, n, C, p, p] pixels of the listed patches."""
         recipe = self.recipe
