@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,9 @@ from fastkd.models.vit import VisionTransformer
 from fastkd.train.config import ConfigError, problem
 
 from . import pictures, report
-from .evaluate import Scores, evaluate, features, knn_accuracy
+from .evaluate import Scores, evaluate, features, knn_accuracy, pixel_scores
 from .pictures import ASSETS, Pictures
-from .training import Recipe, fit, masked_autoencoder, statistics, visible_ratio
+from .training import Recipe, fit, masked_autoencoder, one_thread, seeded, statistics, visible_ratio
 
 TEACHER = ASSETS / "fashion_mnist_mae.safetensors"
 # What is compared: arguments of the student and of DMAE that differ from the plain distillation.
@@ -64,13 +67,15 @@ class Config:
     """Mask ratios; default 0.75 0.95."""
     seeds: tuple[int, ...] | None = None
     """Seeds of initial weights, batches and masks; default 0."""
-    steps: int = 300
+    steps: int = 400
     """Training steps of each run."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Pictures per step."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    alpha: float = 1.0
+    lr: float = 8e-3
+    """Peak learning rate with a teacher."""
+    mae_lr: float = 1e-3
+    """Peak learning rate of plain MAE, which does best with a smaller one."""
+    alpha: float = 30.0
     """Weight of the alignment loss."""
     width: int = 64
     """Width of the student."""
@@ -90,14 +95,14 @@ class Config:
             wrong.append(problem("full", "no --fashion", "--fashion FOLDER with all of Fashion-MNIST", pictures.HOW_TO_GET))
         if self.fashion and self.data:
             wrong.append(problem("data", self.data, "either --data or --fashion"))
-        for name in ("steps", "batch_size", "lr", "alpha", "width", "depth", "heads", "size"):
+        for name in ("steps", "batch_size", "lr", "mae_lr", "alpha", "width", "depth", "heads", "size"):
             if not getattr(self, name) > 0:
                 wrong.append(problem(name, getattr(self, name), "a positive number"))
         for ratio in self.ratios or ():
             if not 0 < ratio < 1:
                 wrong.append(problem("ratios", ratio, "numbers between 0 and 1", "for 95 % write 0.95"))
-        if self.width % (4 * self.heads):
-            wrong.append(problem("width", self.width, f"a multiple of 4 x --heads {self.heads}"))
+        if self.heads > 0 and self.width % (8 * self.heads):
+            wrong.append(problem("width", self.width, f"a multiple of 8 x --heads {self.heads}"))
         if self.device != "cpu" and not torch.cuda.is_available():
             wrong.append(problem("device", self.device, "cpu", "torch finds no GPU"))
         if wrong:
@@ -136,8 +141,9 @@ class Demo:
             self.probe = self.train.balanced(600, seed=0), self.test.balanced(500 if config.full else 200, seed=0)
         self.curve_probe = self.probe[0].subset(slice(1500)), self.probe[1].subset(slice(1000))
         self.images = self.train.images.to(self.device)
-        self.recipe = Recipe(config.steps, config.batch_size, config.lr)
+        self.statistics = statistics(self.train.images)
         self.rows = self._kept_rows()
+        self._stop, self._writing = threading.Event(), threading.Lock()
 
     def _pictures(self) -> tuple[Pictures, Pictures]:
         if self.config.data:
@@ -163,7 +169,7 @@ class Demo:
     def _add(self, name: str, ratio: float | None, seed: int, scores: Scores, **more: Any) -> None:
         row = dict(name=name, ratio=ratio, seed=seed, knn=scores.knn, linear=scores.linear, **more)
         self.rows.append(row)
-        with (self.out / "results.jsonl").open("a") as file:
+        with self._writing, (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _values(self, column: str, name: str, ratio: float | None = None, seeds: tuple[int, ...] | None = None) -> list[float]:
@@ -173,32 +179,42 @@ class Demo:
     # Training
 
     def run(self) -> None:
-        self.console.print(
-            f"[bold]DMAE on {Path(self.config.data).name if self.config.data else 'Fashion-MNIST'}[/]: {len(self.train.labels):,} pictures to learn from without labels, "
-            f"{len(self.test.labels):,} held out"
-        )
+        source = Path(self.config.data).name if self.config.data else "Fashion-MNIST"
+        sizes = f"{len(self.train.labels):,} pictures to learn from without labels, {len(self.test.labels):,} held out"
+        self.console.print(f"[bold]DMAE on {source}[/]: {sizes}")
         jobs = [(name, ratio, seed) for ratio in self.ratios for seed in self.seeds for name in METHODS]
         if self.option_ratios:
             jobs += [(name, r, seed) for r in self.option_ratios for seed in self.seeds[:3] for name in OPTIONS]
         done = {(row["name"], row["ratio"], row["seed"]) for row in self.rows}
-        with self._progress() as progress:
+        with one_thread(), self._progress() as progress:
+            if self.config.full and ("raw pixels", None, 0) not in done:
+                self._add("raw pixels", None, 0, pixel_scores(*self.probe))
             if ("teacher", None, 0) not in done:
                 self._add("teacher", None, 0, evaluate(self.teacher, *self.probe))
             for seed in self.seeds:
                 if ("untrained", None, seed) not in done:
                     self._add("untrained", None, seed, evaluate(self._student(seed), *self.probe))
-            for job in jobs:
-                if job not in done:
-                    self._train(*job, progress)
-        self._report()
+            self._train_all([job for job in jobs if job not in done], progress)
+            self._report()
+
+    def _train_all(self, jobs: list[tuple[str, float, int]], progress: Progress) -> None:
+        """Trains side by side, one run per CPU core; on a GPU one after the other."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool = ThreadPoolExecutor(min(cores, 8) if self.device.type == "cpu" else 1)
+        try:
+            for future in [pool.submit(self._train, *job, progress) for job in jobs]:
+                future.result()
+        finally:  # also after an error or Ctrl-C: the other runs end at their next step
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
 
     def _student(self, seed: int, **changes: Any) -> MaskedAutoencoderViT:
         config, teacher = self.config, self.teacher
         shape = dict(
             img_size=teacher.img_size, patch_size=teacher.patch_size, in_chans=teacher.in_chans,
             embed_dim=config.width, depth=config.depth, num_heads=config.heads,
-            decoder_embed_dim=config.width, decoder_depth=2, decoder_num_heads=config.heads, norm_pix_loss=True,
-            **statistics(self.train.images),
+            decoder_embed_dim=config.width // 2, decoder_depth=2, decoder_num_heads=config.heads,
+            **self.statistics,
         )  # fmt: skip
         return masked_autoencoder({**shape, **changes}, seed).to(self.device)
 
@@ -208,8 +224,7 @@ class Demo:
         if not change.get("teacher", True):
             return DMAE(student, None)
         aligned = student.depth - 1 if change.get("last_block") else _three_quarters(student.depth)
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)  # the projector
+        with seeded(seed):  # the projector
             method = DMAE(
                 student, self.teacher, (aligned,), (_three_quarters(self.teacher.depth),), alpha=self.config.alpha,
                 **change.get("method", {}),
@@ -223,6 +238,8 @@ class Demo:
         losses: dict[str, float] = {}
 
         def after_step(step: int, now: dict[str, float]) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
             for key, value in now.items():
                 losses[key] = 0.95 * losses.get(key, value) + 0.05 * value
             status = " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items() if value)
@@ -230,14 +247,15 @@ class Demo:
             if seed == self.seeds[0] and step % max(1, self.config.steps // CURVE_POINTS) == 0:
                 curve.append((step, self._knn(method.student)))
 
-        seconds = fit(method, self.images, ratio, self.recipe, seed, after_step)
+        lr = self.config.mae_lr if method.teacher is None else self.config.lr
+        recipe = Recipe(self.config.steps, self.config.batch_size, lr)
+        seconds = fit(method, self.images, ratio, recipe, seed, after_step)
         scores = evaluate(method.student, *self.probe)
         self._add(name, ratio, seed, scores, seconds=seconds, curve=curve, **losses)
         progress.update(task, status=f"kNN {scores.knn:.1%} linear {scores.linear:.1%}")
         if not self.console.is_terminal:
-            self.console.print(
-                f"{name} at {100 * ratio:g} %, seed {seed}: kNN {scores.knn:.1%}, linear {scores.linear:.1%}, {seconds:.1f} s"
-            )
+            found = f"kNN {scores.knn:.1%}, linear {scores.linear:.1%}"
+            self.console.print(f"{name} at {100 * ratio:g} %, seed {seed}: {found}, {seconds:.0f} s of training")
         if len(self.seeds) > 1:
             progress.remove_task(task)
         if name == "DMAE" and seed == self.seeds[0]:
@@ -277,6 +295,8 @@ class Demo:
                 cells = self._cells(name, ratio, baseline="MAE" if name != "MAE" else None)
                 rows.append((f"{100 * ratio:g} %", name, *cells))
         rows += [(), ("", "teacher", *self._cells("teacher"))]
+        if self.config.full:
+            rows.append(("", "raw pixels", *self._cells("raw pixels")))
         return report.Table("DMAE beside plain MAE: held-out accuracy, %", self._columns("− MAE"), rows)
 
     def _options_table(self) -> report.Table:
@@ -292,7 +312,7 @@ class Demo:
 
     @staticmethod
     def _columns(difference: str) -> tuple[str, ...]:
-        return ("masked", "", "kNN", difference, "linear", difference, "training, s")
+        return ("masked", "", "kNN", difference, "linear", difference, "CPU, s")
 
     def _cells(
         self, name: str, ratio: float | None = None, baseline: str | None = None, seeds: tuple[int, ...] | None = None
@@ -322,7 +342,7 @@ class Demo:
             f"Student: {student.embed_dim} wide, {student.depth} blocks, block {_three_quarters(student.depth)} aligned "
             f"with block {_three_quarters(teacher.depth)} of the teacher ({teacher.embed_dim} wide, {teacher.depth} "
             f"blocks). {config.steps} steps of {config.batch_size} pictures from {len(self.train.labels):,}, AdamW, peak "
-            f"learning rate {config.lr:g}, alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}.",
+            f"learning rate {config.lr:g} (MAE {config.mae_lr:g}), alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}.",
             "kNN: 10 neighbours by cosine; linear: logistic regression on standardised features; both on the mean of the "
             f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures. " + seeds,
         ]

@@ -67,17 +67,23 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    # One BLAS thread: the problem is small, and waiting threads cost more than they bring on a busy machine.
-    with threadpool_limits(1, user_api="blas"):
-        probe.fit(train.numpy(), train_labels.numpy())
+    probe.fit(train.numpy(), train_labels.numpy())
     return float(np.mean(probe.predict(test.numpy()) == test_labels.numpy()))
 
 
 def evaluate(model: VisionTransformer, train, test, *, k: int = 10) -> Scores:
     """Both probes of `model`; train and test are `Pictures` (images, labels)."""
-    fitted, held_out = features(model, train.images), features(model, test.images)
+    return _scores(features(model, train.images), features(model, test.images), train, test, k)
+
+
+def pixel_scores(train, test, *, k: int = 10) -> Scores:
+    """Both probes of the bare pixels, for scale."""
+    fitted, held_out = (part.images.flatten(1).float() / 255 for part in (train, test))
+    return _scores(fitted, held_out, train, test, k)
+
+
+def _scores(fitted: Tensor, held_out: Tensor, train, test, k: int) -> Scores:
     data = fitted, train.labels, held_out, test.labels
     return Scores(knn_accuracy(*data, k=k), linear_accuracy(*data))

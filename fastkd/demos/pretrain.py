@@ -16,7 +16,7 @@ from fastkd.models.saving import save
 
 from . import pictures
 from .evaluate import evaluate
-from .training import Recipe, fit, masked_autoencoder, statistics
+from .training import Recipe, fit, masked_autoencoder, one_thread, statistics
 
 SHAPE = dict(embed_dim=128, depth=6, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4)
 
@@ -61,9 +61,10 @@ def main(options: list[str] | None = None) -> None:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
-    seconds = fit(DMAE(model, teacher=None), train.images, o.mask_ratio, recipe, o.seed, report)
+    with one_thread():
+        seconds = fit(DMAE(model, teacher=None), train.images, o.mask_ratio, recipe, o.seed, report)
     save(model, o.out)
-    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {seconds:.0f} s of training")
+    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {seconds:.0f} s of processor time")
 
 
 if __name__ == "__main__":
