@@ -319,12 +319,13 @@ inline void backward(const AttentionShape& s, const View& g, const View& q, cons
         delta[r] = _mm512_set1_ps(inside ? dot(line(out, start + i + r), G + (start + i + r) * dp, s.dim) : 0);
         shift[r] = _mm512_set1_ps(inside ? lse[start + i + r] * kLog2e : INFINITY);
       }
-      // Rows and columns past the end hold finite rubbish that only ever meets zeros of q, k, v or dO.
       for (int64_t j = 0; j < kp; j += 16) {
         __m512i p[2], d[2];
+        const __mmask16 valid = j + 16 <= s.keys ? 0xffff : j >= s.keys ? 0 : (1u << (s.keys - j)) - 1;
         for (int r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * kp + j;
-          const __m512 e = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(S + at), _mm512_set1_ps(scale * kLog2e), shift[r]));
+          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(S + at), _mm512_set1_ps(scale * kLog2e), shift[r]);
+          const __m512 e = _mm512_maskz_mov_ps(valid, exp2(x));  // past the last key a score of 0 could overflow
           const __m512 slope = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(DP + at), delta[r]), _mm512_set1_ps(scale));
           const __m256i e16 = round16(e), d16 = round16(_mm512_mul_ps(e, slope));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(D_rows + at), d16);
