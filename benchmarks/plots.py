@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 
@@ -31,7 +32,8 @@ def plot(rows: list[dict], path: Path, description: str = "") -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     first = rows[0]
-    figure.suptitle(f"{first['teacher']} -> {first['student']}, batch {first['batch']}, {first['device']}", fontsize=10)
+    title = f"{first['teacher']} -> {first['student']}, batch {first['batch']}, {first['device']}"
+    figure.suptitle(textwrap.fill(title, 75 * len(dtypes)), fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Description": description})
