@@ -26,9 +26,10 @@ from fastkd.models.mae import MaskedAutoencoderViT
 from fastkd.models.vit import VisionTransformer
 from fastkd.train.config import ConfigError, problem
 
-from . import pictures, report
-from .evaluate import Scores, evaluate, features, knn_accuracy, pixel_scores
+from . import dmae_report, pictures
+from .evaluate import evaluate, features, knn_accuracy, pixel_scores
 from .pictures import ASSETS, Pictures
+from .results import Results
 from .training import Recipe, fit, masked_autoencoder, one_thread, seeded, statistics, visible_ratio
 
 TEACHER = ASSETS / "fashion_mnist_mae.safetensors"
@@ -118,7 +119,14 @@ def main(config: Config) -> int:
 
 
 class Demo:
-    """One run of the demo: data, teacher, and the results so far."""
+    """One run of the demo.
+
+    Attributes:
+        ratios, seeds, option_ratios: what is run; options are tried at `option_ratios` only.
+        train, test, probe: all pictures, and those of them that the probes are fitted and tested on.
+        teacher: the whole teacher; aligned: the pair of blocks (student, teacher).
+        results: scores so far.
+    """
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.config = config
@@ -139,44 +147,25 @@ class Demo:
         self.probe = self.train, self.test
         if not config.data:
             self.probe = self.train.balanced(600, seed=0), self.test.balanced(500 if config.full else 200, seed=0)
-        self.curve_probe = self.probe[0].subset(slice(1500)), self.probe[1].subset(slice(1000))
+        self.curve_probe = self.probe[0].subset(slice(1000)), self.probe[1].subset(slice(1000))
         self.images = self.train.images.to(self.device)
         self.statistics = statistics(self.train.images)
-        self.rows = self._kept_rows()
-        self._stop, self._writing = threading.Event(), threading.Lock()
+        self.aligned = three_quarters(config.depth), three_quarters(self.teacher.depth)
+        self.options = OPTIONS
+        self.results = Results(self.out / "results.jsonl", self._settings(), keep=config.full)
+        self._stop = threading.Event()
 
     def _pictures(self) -> tuple[Pictures, Pictures]:
         if self.config.data:
             return pictures.folder(self.config.data, self.config.size, self.teacher.in_chans)
         return pictures.embedded()
 
-    # Results are kept as lines of results.jsonl; the first line says with which settings they were made.
-
     def _settings(self) -> dict[str, Any]:
+        """What decides a run's numbers, besides its mask ratio and seed."""
         fields = dataclasses.asdict(self.config)
         for name in ("out", "markdown", "ratios", "seeds", "device"):
             del fields[name]
         return json.loads(json.dumps(fields, default=str))
-
-    def _kept_rows(self) -> list[dict[str, Any]]:
-        path = self.out / "results.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if self.config.full and lines and lines[0] == self._settings():
-            return lines[1:]
-        path.write_text(json.dumps(self._settings()) + "\n")
-        return []
-
-    def _add(self, name: str, ratio: float | None, seed: int, scores: Scores, **more: Any) -> None:
-        row = dict(name=name, ratio=ratio, seed=seed, knn=scores.knn, linear=scores.linear, **more)
-        self.rows.append(row)
-        with self._writing, (self.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def _values(self, column: str, name: str, ratio: float | None = None, seeds: tuple[int, ...] | None = None) -> list[float]:
-        found = {r["seed"]: r[column] for r in self.rows if r["name"] == name and r["ratio"] == ratio}
-        return [found[seed] for seed in (seeds or sorted(found)) if seed in found]
-
-    # Training
 
     def run(self) -> None:
         source = Path(self.config.data).name if self.config.data else "Fashion-MNIST"
@@ -185,17 +174,17 @@ class Demo:
         jobs = [(name, ratio, seed) for ratio in self.ratios for seed in self.seeds for name in METHODS]
         if self.option_ratios:
             jobs += [(name, r, seed) for r in self.option_ratios for seed in self.seeds[:3] for name in OPTIONS]
-        done = {(row["name"], row["ratio"], row["seed"]) for row in self.rows}
+        results = self.results
         with one_thread(), self._progress() as progress:
-            if self.config.full and ("raw pixels", None, 0) not in done:
-                self._add("raw pixels", None, 0, pixel_scores(*self.probe))
-            if ("teacher", None, 0) not in done:
-                self._add("teacher", None, 0, evaluate(self.teacher, *self.probe))
+            if self.config.full and ("raw pixels", None, 0) not in results:
+                results.add("raw pixels", None, 0, pixel_scores(*self.probe))
+            if ("teacher", None, 0) not in results:
+                results.add("teacher", None, 0, evaluate(self.teacher, *self.probe))
             for seed in self.seeds:
-                if ("untrained", None, seed) not in done:
-                    self._add("untrained", None, seed, evaluate(self._student(seed), *self.probe))
-            self._train_all([job for job in jobs if job not in done], progress)
-            self._report()
+                if ("untrained", None, seed) not in results:
+                    results.add("untrained", None, seed, evaluate(self.student(seed), *self.probe))
+            self._train_all([job for job in jobs if job not in results], progress)
+            dmae_report.write(self)
 
     def _train_all(self, jobs: list[tuple[str, float, int]], progress: Progress) -> None:
         """Trains side by side, one run per CPU core; on a GPU one after the other."""
@@ -208,7 +197,8 @@ class Demo:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
 
-    def _student(self, seed: int, **changes: Any) -> MaskedAutoencoderViT:
+    def student(self, seed: int, **changes: Any) -> MaskedAutoencoderViT:
+        """A new student; its initial weights depend on the seed alone."""
         config, teacher = self.config, self.teacher
         shape = dict(
             img_size=teacher.img_size, patch_size=teacher.patch_size, in_chans=teacher.in_chans,
@@ -220,15 +210,12 @@ class Demo:
 
     def _method(self, name: str, seed: int) -> DMAE:
         change = {**METHODS, **OPTIONS}[name]
-        student = self._student(seed, **change.get("student", {}))
+        student = self.student(seed, **change.get("student", {}))
         if not change.get("teacher", True):
             return DMAE(student, None)
-        aligned = student.depth - 1 if change.get("last_block") else _three_quarters(student.depth)
+        ours, theirs = student.depth - 1 if change.get("last_block") else self.aligned[0], self.aligned[1]
         with seeded(seed):  # the projector
-            method = DMAE(
-                student, self.teacher, (aligned,), (_three_quarters(self.teacher.depth),), alpha=self.config.alpha,
-                **change.get("method", {}),
-            )  # fmt: skip
+            method = DMAE(student, self.teacher, (ours,), (theirs,), alpha=self.config.alpha, **change.get("method", {}))
         return method.to(self.device)
 
     def _train(self, name: str, ratio: float, seed: int, progress: Progress) -> None:
@@ -245,13 +232,13 @@ class Demo:
             status = " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items() if value)
             progress.update(task, completed=step, status=status)
             if seed == self.seeds[0] and step % max(1, self.config.steps // CURVE_POINTS) == 0:
-                curve.append((step, self._knn(method.student)))
+                curve.append((step, self.knn(method.student)))
 
         lr = self.config.mae_lr if method.teacher is None else self.config.lr
         recipe = Recipe(self.config.steps, self.config.batch_size, lr)
         seconds = fit(method, self.images, ratio, recipe, seed, after_step)
         scores = evaluate(method.student, *self.probe)
-        self._add(name, ratio, seed, scores, seconds=seconds, curve=curve, **losses)
+        self.results.add(name, ratio, seed, scores, seconds=seconds, curve=curve, **losses)
         progress.update(task, status=f"kNN {scores.knn:.1%} linear {scores.linear:.1%}")
         if not self.console.is_terminal:
             found = f"kNN {scores.knn:.1%}, linear {scores.linear:.1%}"
@@ -259,9 +246,10 @@ class Demo:
         if len(self.seeds) > 1:
             progress.remove_task(task)
         if name == "DMAE" and seed == self.seeds[0]:
-            self._keep(method.student.eval(), ratio)
+            dmae_report.keep_student(self, method.student.eval(), ratio)
 
-    def _knn(self, model: VisionTransformer) -> float:
+    def knn(self, model: VisionTransformer) -> float:
+        """kNN accuracy on 1,000 and 1,000 pictures, for the curves."""
         train, test = self.curve_probe
         return knn_accuracy(features(model, train.images), train.labels, features(model, test.images), test.labels)
 
@@ -271,125 +259,8 @@ class Demo:
             TextColumn("{task.fields[status]}"), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
 
-    # Report
 
-    def _report(self) -> None:
-        tables = [self._main_table()]
-        if self.option_ratios:
-            tables.append(self._options_table())
-        for table in tables:
-            self.console.print(table.rich())
-        for note in self._notes():
-            self.console.print(note, highlight=False)
-        markdown = "\n".join([*(table.markdown() for table in tables), *(f"{note}\n" for note in self._notes())])
-        (self.out / "results.md").write_text(markdown)
-        if self.config.markdown:
-            report.write_between_markers(self.config.markdown, markdown)
-        self._figures()
-
-    def _main_table(self) -> report.Table:
-        rows = [("", "untrained student", *self._cells("untrained"))]
-        for ratio in self.ratios:
-            rows.append(())
-            for name in METHODS:
-                cells = self._cells(name, ratio, baseline="MAE" if name != "MAE" else None)
-                rows.append((f"{100 * ratio:g} %", name, *cells))
-        rows += [(), ("", "teacher", *self._cells("teacher"))]
-        if self.config.full:
-            rows.append(("", "raw pixels", *self._cells("raw pixels")))
-        return report.Table("DMAE beside plain MAE: held-out accuracy, %", self._columns("− MAE"), rows)
-
-    def _options_table(self) -> report.Table:
-        rows, seeds = [], self.seeds[:3]
-        for ratio in self.option_ratios:
-            rows += [()] if rows else []
-            for name in ("DMAE", *OPTIONS):
-                cells = self._cells(name, ratio, baseline="DMAE" if name != "DMAE" else None, seeds=seeds)
-                rows.append((f"{100 * ratio:g} %", "exact" if name == "DMAE" else name, *cells))
-        return report.Table(
-            f"Inexact options of DMAE, {len(seeds)} seeds: held-out accuracy, %", self._columns("− exact"), rows
-        )
-
-    @staticmethod
-    def _columns(difference: str) -> tuple[str, ...]:
-        return ("masked", "", "kNN", difference, "linear", difference, "CPU, s")
-
-    def _cells(
-        self, name: str, ratio: float | None = None, baseline: str | None = None, seeds: tuple[int, ...] | None = None
-    ) -> list[str]:
-        cells = []
-        for column in ("knn", "linear"):
-            values = self._values(column, name, ratio, seeds)
-            cells.append(report.spread(values))
-            cells.append(report.difference(values, self._values(column, baseline, ratio, seeds)) if baseline else "")
-        seconds = self._values("seconds", name, ratio, seeds) if ratio else []
-        return [*cells, f"{report.interval(seconds).mean:.1f}" if seconds else ""]
-
-    def _notes(self) -> list[str]:
-        train, test = self.probe
-        student, teacher = self._student(self.seeds[0]), self.teacher
-        visible = ", ".join(
-            f"{visible_ratio(teacher.num_patches, ratio)[0]} at {100 * ratio:g} %" for ratio in self.ratios
-        )
-        config = self.config
-        seeds = f"Seed {self.seeds[0]}."
-        if len(self.seeds) > 1:
-            seeds = (
-                f"Mean ± standard deviation of seeds {', '.join(map(str, self.seeds))}; differences are paired by seed, "
-                "± half of their 95 % t-interval."
-            )
-        return [
-            f"Student: {student.embed_dim} wide, {student.depth} blocks, block {_three_quarters(student.depth)} aligned "
-            f"with block {_three_quarters(teacher.depth)} of the teacher ({teacher.embed_dim} wide, {teacher.depth} "
-            f"blocks). {config.steps} steps of {config.batch_size} pictures from {len(self.train.labels):,}, AdamW, peak "
-            f"learning rate {config.lr:g} (MAE {config.mae_lr:g}), alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}.",
-            "kNN: 10 neighbours by cosine; linear: logistic regression on standardised features; both on the mean of the "
-            f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures. " + seeds,
-        ]
-
-    def _figures(self) -> None:
-        probes = (("kNN", "knn"), ("linear probe", "linear"))
-        scores = {
-            title: {f"{100 * ratio:g} %": {name: self._values(column, name, ratio) for name in METHODS} for ratio in self.ratios}
-            for title, column in probes
-        }
-        levels = {
-            title: {name: self._values(column, name) for name in ("untrained", "teacher")} for title, column in probes
-        }
-        report.scores_figure(scores, levels, self.out / "scores.png")
-        start = (0, self._knn(self._student(self.seeds[0])))
-        curves = {
-            (row["name"], row["ratio"]): [start, *row["curve"]]
-            for row in self.rows
-            if row["name"] in METHODS and row["ratio"] in self.ratios and row["curve"]
-        }
-        report.curves_figure(curves, self._knn(self.teacher), self.out / "curves.png")
-        self.console.print(f"Figures: {', '.join(str(path) for path in sorted(self.out.glob('*.png')))}", highlight=False)
-
-    def _keep(self, student: MaskedAutoencoderViT, ratio: float) -> None:
-        """Draws reconstructions, exports the student for timm and checks that timm reads it strictly, equal features."""
-        import timm
-
-        from fastkd.models.export import export_timm, timm_arguments
-        from fastkd.train.plots import reconstruction
-
-        shown = self.test.balanced(1, seed=1).images[:8].to(self.device)
-        reconstruction(student, shown, ratio, self.out / f"reconstruction_{100 * ratio:g}.png")
-        path = self.out / f"student_{100 * ratio:g}_timm.safetensors"
-        export_timm(student, path)
-        name, arguments = timm_arguments(student)
-        loaded = timm.create_model(name, checkpoint_path=str(path), **arguments).eval().to(self.device)
-        some = self.test.images[:64].to(self.device)
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (student.mean, student.std))
-        with torch.no_grad():
-            theirs = loaded((some.permute(0, 3, 1, 2).float() / 255 - mean) / std).cpu()
-        gap = (theirs - features(student, some)).abs().max().item()
-        if gap > 1e-4:
-            raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the student's")
-        self.console.print(f"{path}: timm loads it strictly, features differ by {gap:.0e} at most", highlight=False)
-
-
-def _three_quarters(depth: int) -> int:
+def three_quarters(depth: int) -> int:
     """Index of the block that ends three quarters of the depth, rounded up: 2 of 4, 4 of 6, 8 of 12, 17 of 24."""
     return math.ceil(0.75 * depth) - 1
 

@@ -113,15 +113,11 @@ def scores_figure(
             bars = axis.bar(places, [100 * s.mean for s in stats], 0.93 * width, color=COLORS[method], label=method,
                             yerr=errors, capsize=3)  # fmt: skip
             axis.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
-        means = [interval(v).mean for by_method in ratios.values() for v in by_method.values()]
         for name, values in levels[probe].items():
-            level = interval(values).mean
-            means.append(level)
-            axis.axhline(100 * level, linewidth=1.4, zorder=0.5, label=f"{name} {100 * level:.1f}", **LINES[name])
+            level = 100 * interval(values).mean
+            axis.axhline(level, linewidth=1.4, zorder=0.5, label=f"{name} {level:.1f}", **LINES[name])
         axis.set_xticks(range(len(ratios)), list(ratios))
-        bottom, top = 100 * min(means), 100 * max(means)
-        room = max(top - bottom, 4)
-        axis.set_ylim(max(0, bottom - 0.6 * room), top + 0.15 * room)
+        axis.set_ylim(0, 100)
         axis.set(title=probe, xlabel="masked", ylabel="held-out accuracy, %")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False,
