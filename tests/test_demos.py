@@ -179,8 +179,8 @@ def test_demo_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("\n".join(report.MARKERS))
     config = dmae.Config(
-        out=out, full=True, data=folder, size=8, teacher=str(teacher), ratios=(0.75,), seeds=(0, 1), steps=4, batch_size=4,
-        width=16, depth=4, heads=2, markdown=page,
+        out=out, full=True, data=folder, size=8, teacher=str(teacher), ratios=(0.75,), seeds=(0, 1), steps=4,
+        batch_size=4, width=16, depth=4, heads=2, markdown=page,
     )  # fmt: skip
     assert dmae.main(config) == 0
     shown = capsys.readouterr().out

@@ -30,7 +30,7 @@ from . import dmae_report, pictures
 from .evaluate import evaluate, features, knn_accuracy, pixel_scores
 from .pictures import ASSETS, Pictures
 from .results import Results
-from .training import Recipe, fit, masked_autoencoder, one_thread, seeded, statistics, visible_ratio
+from .training import Recipe, fit, masked_autoencoder, one_thread, seeded, statistics
 
 TEACHER = ASSETS / "fashion_mnist_mae.safetensors"
 # What is compared: arguments of the student and of DMAE that differ from the plain distillation.
@@ -93,7 +93,9 @@ class Config:
         """Raises `ConfigError` with everything that is wrong."""
         wrong = []
         if self.full and not self.fashion and not self.data:
-            wrong.append(problem("full", "no --fashion", "--fashion FOLDER with all of Fashion-MNIST", pictures.HOW_TO_GET))
+            wrong.append(
+                problem("full", "no --fashion", "--fashion FOLDER with all of Fashion-MNIST", pictures.HOW_TO_GET)
+            )
         if self.fashion and self.data:
             wrong.append(problem("data", self.data, "either --data or --fashion"))
         for name in ("steps", "batch_size", "lr", "mae_lr", "alpha", "width", "depth", "heads", "size"):
@@ -215,7 +217,9 @@ class Demo:
             return DMAE(student, None)
         ours, theirs = student.depth - 1 if change.get("last_block") else self.aligned[0], self.aligned[1]
         with seeded(seed):  # the projector
-            method = DMAE(student, self.teacher, (ours,), (theirs,), alpha=self.config.alpha, **change.get("method", {}))
+            method = DMAE(
+                student, self.teacher, (ours,), (theirs,), alpha=self.config.alpha, **change.get("method", {})
+            )
         return method.to(self.device)
 
     def _train(self, name: str, ratio: float, seed: int, progress: Progress) -> None:

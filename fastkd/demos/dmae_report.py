@@ -70,14 +70,14 @@ def notes(demo: Demo) -> list[str]:
     seeds = f"Seed {demo.seeds[0]}."
     if len(demo.seeds) > 1:
         numbers = ", ".join(map(str, demo.seeds))
-        seeds = f"Mean ± standard deviation of seeds {numbers}; differences: paired by seed, ± half of their 95 % t-interval."
+        seeds = f"Mean ± standard deviation of seeds {numbers}; differences: paired by seed, mean ± half of the 95 % t-interval."
     train, test = demo.probe
     return [
         f"Student: {student.embed_dim} wide, {student.depth} blocks; block {demo.aligned[0]} is aligned with block "
         f"{demo.aligned[1]} of the teacher ({teacher.embed_dim} wide, {teacher.depth} blocks). {config.steps} steps of "
         f"{config.batch_size} pictures from {len(demo.train.labels):,}, AdamW, peak learning rate {config.lr:g} (MAE "
-        f"{config.mae_lr:g}), alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}. CPU: seconds "
-        "of processor time that the training took.",
+        f"{config.mae_lr:g}), alpha {config.alpha:g}. Visible patches of {teacher.num_patches}: {visible}. CPU: "
+        "seconds of processor time that the training took.",
         "kNN: 10 neighbours by cosine; linear: logistic regression on standardised features; both on the mean of the "
         f"unmasked patch tokens, fitted on {len(train.labels):,} and tested on {len(test.labels):,} pictures. {seeds}",
     ]
@@ -88,7 +88,8 @@ def draw(demo: Demo) -> None:
     values = demo.results.values
     scores = {
         title: {
-            f"{100 * ratio:g} %": {name: values(column, name, ratio) for name in ("MAE", "DMAE")} for ratio in demo.ratios
+            f"{100 * ratio:g} %": {name: values(column, name, ratio) for name in ("MAE", "DMAE")}
+            for ratio in demo.ratios
         }
         for title, column in PROBES
     }

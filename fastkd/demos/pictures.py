@@ -118,7 +118,9 @@ def folder(root: str | Path, size: int, channels: int, held_out: float = 0.25, s
 
 def _pictures(images: np.ndarray, labels: np.ndarray) -> Pictures:
     # Copies: frombuffer gives read-only memory, which torch warns about.
-    return Pictures(torch.from_numpy(images[..., None].copy()), torch.from_numpy(labels.astype(np.int64)), FASHION_CLASSES)
+    return Pictures(
+        torch.from_numpy(images[..., None].copy()), torch.from_numpy(labels.astype(np.int64)), FASHION_CLASSES
+    )
 
 
 def _read(path: Path, size: int, channels: int) -> np.ndarray:
