@@ -70,7 +70,7 @@ def notes(demo: Demo) -> list[str]:
     seeds = f"Seed {demo.seeds[0]}."
     if len(demo.seeds) > 1:
         numbers = ", ".join(map(str, demo.seeds))
-        seeds = f"Mean ± standard deviation of seeds {numbers}; differences paired by seed, ± half of their 95 % t-interval."
+        seeds = f"Mean ± deviation of seeds {numbers}; differences: paired by seed, mean ± half of the 95 % t-interval."
     train, test = demo.probe
     return [
         f"Student: {student.embed_dim} wide, {student.depth} blocks; block {demo.aligned[0]} is aligned with block "
