@@ -1,13 +1,10 @@
-// bfloat16 attention of one head on AMX tiles (16 rows x 64 bytes; one instruction is a 16 x 32 by 32 x 16 product).
+// bfloat16 attention of one head on AMX tiles.
 //
-// The second operand of a tile product is stored in pairs along the depth: B[l][n] lies at pairs[l / 2][n][l % 2].
 // Row pairs of P and dS are interleaved as they are made, so the products with P^T and dS^T need no transposes:
 //   dV^T = dO^T P,   dK^T = Q^T dS,   dQ = dS K.
 #pragma once
 
-#include "simd.h"
-
-#include "common.h"
+#include "amx.h"
 
 namespace fastkd {
 
@@ -24,37 +21,11 @@ struct HeadView {
 
 }  // namespace fastkd
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(FASTKD_AMX)
 
 namespace fastkd::amx {
 
-using Bits = uint16_t;  // a bfloat16
 using View = HeadView<BFloat16>;
-
-// Linux hands out tile registers on request, once per process.
-inline bool available() {
-  static const bool granted = [] {
-    constexpr int request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return granted;
-}
-
-// Tile shapes for the time of one task.
-struct Tiles {
-  Tiles() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;  // bytes a row
-      config[48 + tile] = 16;      // rows
-    }
-    _tile_loadconfig(config);
-  }
-  ~Tiles() { _tile_release(); }
-};
 
 // One 32 x 32 block (or 32 x 16, 16 x 32, 16 x 16) of C = A B; lda, ldc in elements, ldb in pairs.
 template <bool TWO_ROWS, bool TWO_COLUMNS>
@@ -110,32 +81,12 @@ inline void copy_rows(const View& view, int64_t rows, int64_t rows_p, Bits* out,
   }
 }
 
-// Transposes 16 x 16 blocks of 32-bit values: out[j][i] = in[i][j].
+// Transposes a 16 x 16 block of 32-bit values: out[j][i] = in[i][j].
 inline void transpose16(const uint32_t* in, int64_t ld_in, uint32_t* out, int64_t ld_out) {
-  __m512i r[16], t[16];
+  __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + i * ld_in);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(out + i * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * ld_out, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_si512(out + (i + 4) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(out + (i + 12) * ld_out, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
+  transpose16(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * ld_out, r[i]);
 }
 
 // rows [rows_p, dp] -> pairs of X^T: [dp / 2][rows_p] 32-bit values; rows_p and dp / 2 multiples of 16.
@@ -164,8 +115,6 @@ inline void transpose(const Bits* rows, int64_t rows_p, int64_t dp, Bits* pairs,
       out[(2 * j + 1) * rows_p + i] = static_cast<Bits>(in[j * rows_p + i] >> 16);
     }
 }
-
-inline __m256i round16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // 2^x by a degree-4 polynomial, relative error 4e-5: far below the rounding of a bfloat16 result. Below 2^-120 it is 0:
 // a denormal number would cost more than the whole row.
@@ -214,30 +163,11 @@ inline float dot(const Bits* x, const Bits* y, int64_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Scratch memory of one thread, cut into 64-byte aligned pieces.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
-    next_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 64));
-  }
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = next_;
-    next_ += round_up(count * sizeof(T), 64);
-    return reinterpret_cast<T*>(piece);
-  }
-
- private:
-  char* next_;
-};
-
 constexpr int64_t kStrip = 32;  // query rows whose scores are live at a time
 
 inline void forward(const AttentionShape& s, const View& q, const View& k, const View& v, const View& out, float* lse) {
   const int64_t kp = round_up(s.keys, 32), dp = round_up(s.dim, 32), qp = round_up(s.queries, 32);
-  Scratch scratch(2 * (qp * dp + 3 * kp * dp + kStrip * kp) + 4 * (kStrip * kp + kStrip * dp) + 1024);
+  Scratch<> scratch(2 * (qp * dp + 3 * kp * dp + kStrip * kp) + 4 * (kStrip * kp + kStrip * dp) + 1024);
   Bits *Q = scratch.take<Bits>(qp * dp), *rows = scratch.take<Bits>(kp * dp), *KT = scratch.take<Bits>(kp * dp);
   Bits *V = scratch.take<Bits>(kp * dp), *P = scratch.take<Bits>(kStrip * kp);
   float *S = scratch.take<float>(kStrip * kp), *O = scratch.take<float>(kStrip * dp);
@@ -289,7 +219,7 @@ inline void backward(const AttentionShape& s, const View& g, const View& q, cons
                      const View& out, const float* lse, const View& grad_q, const View& grad_k, const View& grad_v) {
   const int64_t kp = round_up(s.keys, 32), dp = round_up(s.dim, 32), qp = round_up(s.queries, 32);
   const int64_t rows_p = std::max(qp, kp);
-  Scratch scratch(2 * (4 * qp * dp + 4 * kp * dp + rows_p * dp + 2 * qp * kp + kStrip * kp) +
+  Scratch<> scratch(2 * (4 * qp * dp + 4 * kp * dp + rows_p * dp + 2 * qp * kp + kStrip * kp) +
                   4 * (2 * kStrip * kp + kStrip * dp + 2 * dp * kp) + 2048);
   Bits *Q = scratch.take<Bits>(qp * dp), *G = scratch.take<Bits>(qp * dp), *QT = scratch.take<Bits>(qp * dp);
   Bits *GT = scratch.take<Bits>(qp * dp), *rows = scratch.take<Bits>(kp * dp), *KT = scratch.take<Bits>(kp * dp);
@@ -354,7 +284,6 @@ inline void backward(const AttentionShape& s, const View& g, const View& q, cons
 namespace fastkd::amx {
 
 // Stand-ins where the compiler has no AMX: never called, since `available` is false.
-constexpr bool available() { return false; }
 template <class... Args>
 void forward(Args&&...) {}
 template <class... Args>

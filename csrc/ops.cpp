@@ -15,6 +15,7 @@
 #include "attention.cpp"
 #include "column_sum.cpp"
 #include "gelu.cpp"
+#include "linear.cpp"
 #include "residual_layer_norm.cpp"
 #endif
 
@@ -53,6 +54,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor out, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("has_amx() -> bool");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor grad_out, Tensor x, Tensor(a!) grad_x) -> ()");
   m.def("residual_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, Tensor(a!) total, "
@@ -77,11 +82,18 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
 #endif
 }
+
+#ifndef FASTKD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, CompositeExplicitAutograd, m) { m.impl("has_amx", TORCH_BOX(&has_amx)); }
+#endif
 
 }  // namespace fastkd

@@ -63,7 +63,7 @@ def test_the_number_of_threads_changes_nothing(spec):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
                 results.append(evaluate(spec, spec.function, kwargs))
-        check_same(*results, 1e-6 if spec.name == "visible_patch_embed" else 0, spec.name)
+        check_same(*results, 1e-6 if spec.name in ("linear", "visible_patch_embed") else 0, spec.name)
 
 
 @each_layout
@@ -238,4 +238,4 @@ def test_wrong_arguments_are_named(spec):
             except (ValueError, TypeError) as error:
                 assert spec.name in str(error) and "got" in str(error), error
             else:
-                assert result.shape == wrong.shape and not wrong.is_complex()
+                assert result.shape[:-1] == wrong.shape[:-1] and not wrong.is_complex()

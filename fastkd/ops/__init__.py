@@ -4,7 +4,7 @@ from ._dispatch import BACKENDS, backend
 from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
 from .blocks.gelu import gelu
-from .blocks.linear import column_sum, linear
+from .blocks.linear import linear
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .masked.decoder_assemble import decoder_assemble
@@ -20,7 +20,6 @@ __all__ = [
     "SPECS",
     "attention",
     "backend",
-    "column_sum",
     "decoder_assemble",
     "feature_alignment_loss",
     "gelu",

@@ -106,11 +106,18 @@ class Kernel:
         self._has_cuda = cuda
         self._cuda_order = cuda_order
         self._logged: set[str] = set()
+        self._automatic: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         Kernel.all[name] = self
 
     def __call__(self, *args) -> None:
         tensor = next(a for a in reversed(args) if isinstance(a, torch.Tensor))  # an output: it has the compute dtype
-        self.implementation(self.pick(tensor.device.type, tensor.dtype))(*args)
+        device, dtype = tensor.device.type, tensor.dtype
+        if forced_backend() is not None:
+            return self.implementation(self.pick(device, dtype))(*args)
+        run = self._automatic.get((device, dtype))
+        if run is None:
+            run = self._automatic[device, dtype] = self.implementation(self.pick(device, dtype))
+        run(*args)
 
     def order(self, device: str) -> tuple[str, ...]:
         """Backends in the order in which the automatic choice tries them."""
@@ -166,4 +173,4 @@ class Kernel:
             return getattr(importlib.import_module(module), function)
         if backend == "cpp" and self._cpp is not None:
             return self._cpp
-        return getattr(getattr(torch.ops, f"fastkd_{'cpu' if backend == 'cpp' else 'cuda'}"), self.name)
+        return getattr(getattr(torch.ops, f"fastkd_{'cpu' if backend == 'cpp' else 'cuda'}"), self.name).default

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel, forced_backend
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "attention"
@@ -80,7 +81,7 @@ def _contiguous_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@torch.library.custom_op("fastkd::attention", mutates_args=())
+@custom_op("attention")
 def _op(packed: Tensor, query: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     q, key_value = (_contiguous_rows(t) for t in _split(packed, query))
     out = torch.empty(q.shape, dtype=packed.dtype, device=packed.device)
@@ -96,7 +97,7 @@ def _(packed, query, num_heads):
     return torch.empty(q.shape, dtype=packed.dtype, device=packed.device), lse
 
 
-@torch.library.custom_op("fastkd::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def _op_backward(
     grad_out: Tensor, packed: Tensor, query: Tensor | None, out: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out: Tensor, _grad_lse):
     packed, query, out, lse = ctx.saved_tensors
-    grad_packed, grad_query = torch.ops.fastkd.attention_backward(grad_out, packed, query, out, lse, ctx.num_heads)
+    grad_packed, grad_query = _op_backward(grad_out, packed, query, out, lse, ctx.num_heads)
     return grad_packed, None if query is None else grad_query, None
 
 
@@ -155,7 +156,7 @@ def attention(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Te
         q, key_value = _split(packed, query)
         q, k, v = (_heads(t, num_heads) for t in (q, *key_value.chunk(2, -1)))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return torch.ops.fastkd.attention(packed, query, num_heads)[0]
+    return _op(packed, query, num_heads)[0]
 
 
 def _reference(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Tensor:

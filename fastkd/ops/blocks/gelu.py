@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel, forced_backend
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "gelu"
@@ -30,7 +31,7 @@ forward = Kernel(OP, reference=_fill_forward)
 backward = Kernel(f"{OP}_backward", reference=_fill_backward)
 
 
-@torch.library.custom_op("fastkd::gelu", mutates_args=())
+@custom_op("gelu")
 def _op(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     forward(x.contiguous(), out)
@@ -42,7 +43,7 @@ def _(x):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("fastkd::gelu_backward", mutates_args=())
+@custom_op("gelu_backward")
 def _op_backward(grad_out: Tensor, x: Tensor) -> Tensor:
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     backward(grad_out.contiguous(), x.contiguous(), grad_x)
@@ -59,7 +60,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_out: Tensor) -> Tensor:
-    return torch.ops.fastkd.gelu_backward(grad_out, *ctx.saved_tensors)
+    return _op_backward(grad_out, *ctx.saved_tensors)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -74,7 +75,7 @@ def gelu(x: Tensor) -> Tensor:
         _check.fail(OP, "x", getattr(x, "dtype", type(x).__name__), "a floating tensor", error=TypeError)
     if x.device.type != "cpu" and forced_backend() is None:
         return F.gelu(x)
-    return torch.ops.fastkd.gelu(x)
+    return _op(x)
 
 
 def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:

@@ -1,94 +1,196 @@
-"""nn.Linear's function with a bias gradient that does not stall the step.
+"""nn.Linear's function without casts of its weights (mixed precision as in Micikevicius et al. 2018).
 
     y = x W^T + b        dx = g W,  dW = g^T x,  db = sum_rows g
 
-The products are the vendor library's. On the CPU torch sums 16-bit rows several times slower than memory allows;
-`column_sum` reads them once, in float32 (float64), in an order that does not depend on the number of threads.
+Parameters may stay in float32 beside 16-bit x. On CPUs with AMX the bfloat16 products are our own: float32 weights are
+rounded as they are packed, transposed operands cost nothing extra, and the gradients of the parameters leave the
+float32 accumulators as they are. Elsewhere the products are the vendor library's, and only the sum over rows, which
+torch computes several times slower than memory allows in 16 bit, is ours.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._dispatch import Kernel
+from .._dispatch import Kernel, forced_backend
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
-OP = "column_sum"
-
-
-def _fill(x: Tensor, out: Tensor) -> None:
-    out.copy_(x.to(out.dtype).sum(0))
-
-
-kernel = Kernel(OP, reference=_fill)
+OP = "linear"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("fastkd::column_sum", mutates_args=())
-def _op(x: Tensor) -> Tensor:
-    out = torch.empty(x.shape[1], dtype=_wide(x.dtype), device=x.device)
-    kernel(x if x.stride(1) == 1 else x.contiguous(), out)
+# x [N, in], weight [out, in], bias [out] or None, grad [N, out]; gradients of parameters in float32 (float64).
+
+
+def _fill_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    weight = weight.to(x.dtype).t()
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+
+def _fill_grad_input(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+    torch.mm(grad, weight.to(grad.dtype), out=grad_x)
+
+
+def _fill_grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
+    _outer(grad, x, grad_weight)
+    if grad_bias is not None:
+        grad_bias.copy_(grad.sum(0, dtype=grad_bias.dtype))
+
+
+def _outer(grad: Tensor, x: Tensor, grad_weight: Tensor) -> None:
+    if grad_weight.dtype == x.dtype:
+        torch.mm(grad.t(), x, out=grad_weight)
+    else:
+        grad_weight.copy_(grad.t() @ x)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.ops.fastkd_cpu.has_amx()
+
+
+def _is_ours(dtype: torch.dtype, weight: Tensor | None = None) -> bool:
+    return dtype == torch.bfloat16 and _has_amx() and (weight is None or weight.dtype in (dtype, torch.float32))
+
+
+def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if _is_ours(x.dtype, weight):
+        torch.ops.fastkd_cpu.linear(x, weight, None if bias is None else bias.float(), out)
+    else:
+        _fill_forward(x, weight, bias, out)
+
+
+def _cpp_grad_input(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+    if _is_ours(grad.dtype, weight):
+        torch.ops.fastkd_cpu.linear_grad_input(grad, weight, grad_x)
+    else:
+        _fill_grad_input(grad, weight, grad_x)
+
+
+def _cpp_grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
+    if _is_ours(grad.dtype):
+        torch.ops.fastkd_cpu.linear_grad_weight(grad, x, grad_weight, grad_bias)
+        return
+    _outer(grad, x, grad_weight)
+    if grad_bias is not None:
+        torch.ops.fastkd_cpu.column_sum(grad, grad_bias)
+
+
+forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward)
+grad_input = Kernel(f"{OP}_grad_input", reference=_fill_grad_input, cpp=_cpp_grad_input)
+grad_weight = Kernel(f"{OP}_grad_weight", reference=_fill_grad_weight, cpp=_cpp_grad_weight)
+
+
+def _rows(t: Tensor) -> Tensor:
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@custom_op("linear")
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    forward(_rows(x), _rows(weight), bias, out.view(-1, weight.shape[0]))
     return out
 
 
 @_op.register_fake
-def _(x):
-    return torch.empty(x.shape[1], dtype=_wide(x.dtype), device=x.device)
+def _(x, weight, bias):
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
-def column_sum(x: Tensor) -> Tensor:
-    """Sum over the rows of x [N, D] -> [D] in float32 (float64); not differentiable."""
-    _check.check_tensor(OP, "x", x, 2)
-    return torch.ops.fastkd.column_sum(x.detach())
+def _gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of x, weight and bias, of no elements where they are not needed."""
+    wide, device = _wide(x.dtype), x.device
+    return (
+        torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=device),
+        torch.empty(weight.shape if needs[1] else (0,), dtype=wide, device=device),
+        torch.empty(weight.shape[:1] if needs[2] else (0,), dtype=wide, device=device),
+    )
 
 
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    # dW = g^T x. oneDNN's 16-bit product runs 1.4 to 1.6 times faster on a dense g^T; where g is the narrower operand
-    # its copy costs far less than that gains.
-    transposed = grad.t()
-    if grad.element_size() == 2 and x.shape[1] >= 2 * grad.shape[1]:
-        transposed = transposed.contiguous()
-    return transposed @ x
+@custom_op("linear_backward")
+def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, weight_gradient, bias_gradient = gradients = _gradients(x, weight, needs)
+    rows = _rows(grad)
+    if needs[0]:
+        grad_input(rows, _rows(weight), grad_x.view(-1, x.shape[-1]))
+    if needs[1]:
+        grad_weight(rows, _rows(x), weight_gradient, bias_gradient if needs[2] else None)
+    elif needs[2]:
+        torch.sum(rows, 0, dtype=bias_gradient.dtype, out=bias_gradient)
+    return gradients
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+@_op_backward.register_fake
+def _(grad, x, weight, needs):
+    return _gradients(x, weight, needs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = grad @ weight if needs_x else None
-        grad_weight = _outer(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None
-        grad_bias = column_sum(rows).to(ctx.bias_dtype) if needs_bias else None
-        return grad_x, grad_weight, grad_bias
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad)
+    grad_x, weight_gradient, bias_gradient = _op_backward(grad, x, weight, needs)
+    return (
+        grad_x if needs[0] else None,
+        weight_gradient.to(weight.dtype) if needs[1] else None,
+        bias_gradient.to(ctx.bias_dtype) if needs[2] else None,
+    )
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, under autocast too: x [..., in], weight [out, in], bias [out] -> [..., out].
+    """`torch.nn.functional.linear`, under autocast too, with parameters that may stay in float32 beside 16-bit x.
 
-    The bias may stay in float32 beside a 16-bit weight. On CUDA tensors this is torch's own function.
+    Args:
+        x: [..., in] floating; under autocast it is cast to the autocast dtype.
+        weight: [out, in] in the dtype of x or float32.
+        bias: [out] likewise, or None.
+
+    Returns:
+        [..., out] in the dtype of x (the autocast dtype). Products are summed in float32 (float64).
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: weight or bias in a dtype that is neither that of x nor float32.
+
+    On CUDA tensors the automatic choice is torch's own function.
     """
-    if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(dtype), weight.to(dtype)
-        with torch.autocast("cpu", enabled=False):
-            return _Linear.apply(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        _check.fail(OP, "x", type(x).__name__, "a tensor [..., in]", error=TypeError)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    _check.check_tensor(OP, "x", x, x.ndim)
+    # float64 parameters of a 16-bit or float32 product only under autocast, which rounds them.
+    allowed = (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,)
+    _check.check_tensor(OP, "weight", weight, 2, allowed)
+    _check.check_shape(OP, "weight", weight, (weight.shape[0], x.shape[-1]), "(out, in)")
+    if bias is not None:
+        _check.check_tensor(OP, "bias", bias, 1, allowed)
+        _check.check_shape(OP, "bias", bias, (weight.shape[0],), "(out,)")
+    if device != "cpu" and forced_backend() is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _op(x, weight, bias)
 
 
 class Linear(torch.nn.Linear):
@@ -98,28 +200,58 @@ class Linear(torch.nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
     random = torch.Generator().manual_seed(case.get("seed", 0))
-    x = torch.rand(case["batch"], case["dim"] + 1, generator=random).to(device, dtype)
-    return dict(x=x[:, 1:] if case.get("strided") else x[:, 1:].contiguous())
+    batch, dim, out, skip = case["batch"], case["dim"], case["out"], 1 if case.get("strided") else 0
+    x = torch.randn(batch, case.get("tokens", 3) + skip, dim, generator=random)[:, skip:]
+    weight = torch.randn(out, dim + skip, generator=random)[:, skip:] / dim**0.5
+    bias = torch.randn(out, generator=random)
+    parameters = _wide(dtype) if case.get("mixed") else dtype
+    return dict(
+        x=x.to(device, dtype), weight=weight.to(device, parameters),
+        bias=bias.to(device, parameters) if case.get("bias", True) else None,
+    )  # fmt: skip
+
+
+def _law(kwargs: dict) -> None:
+    """Zero rows give the bias."""
+    out = linear(torch.zeros_like(kwargs["x"]), kwargs["weight"], kwargs["bias"])
+    bias = torch.zeros(()) if kwargs["bias"] is None else kwargs["bias"].to(out.dtype)
+    assert torch.equal(out, bias.expand_as(out))
 
 
 SPEC = register(
     OpSpec(
         name=OP,
-        function=column_sum,
-        reference=lambda x: x.to(_wide(x.dtype)).sum(0),
-        kernels=(kernel,),
+        function=linear,
+        reference=_reference,
+        kernels=(forward, grad_input, grad_weight),
         build=_build,
-        differentiable=(),
+        differentiable=("x", "weight", "bias"),
         cases={
-            "plain": dict(batch=100, dim=48),
-            "odd": dict(batch=37, dim=19, strided=True),
-            "one_row": dict(batch=1, dim=8),
+            "plain": dict(batch=2, dim=64, out=96, tokens=20),
+            "mixed": dict(batch=2, dim=48, out=40, tokens=33, mixed=True),
+            "no_bias": dict(batch=2, dim=32, out=16, bias=False, mixed=True),
+            "odd": dict(batch=3, dim=37, out=19, tokens=7, strided=True),
+            "one_row": dict(batch=1, dim=5, out=3, tokens=1, mixed=True),
+            "deep": dict(batch=1, dim=1100, out=33, tokens=40, mixed=True),
+            "many_rows": dict(batch=3, dim=20, out=70, tokens=700, mixed=True),
         },
-        space=dict(batch=(1, 31, 32, 33, 200), dim=(1, 16, 45), strided=(False, True), seed=tuple(range(5))),
-        bench={"decoder_mlp": dict(batch=16 * 197, dim=2048)},
-        bytes_moved=lambda k: tensor_bytes(k["x"]),
-        flops=lambda k: k["x"].numel(),
+        space=dict(
+            batch=(1, 3), tokens=(1, 16, 33), dim=(1, 31, 32, 65), out=(1, 16, 17, 64), bias=(True, False),
+            mixed=(True, False), strided=(False, True), seed=tuple(range(5)),
+        ),
+        bench={
+            "decoder_qkv": dict(batch=8, tokens=197, dim=512, out=1536, mixed=True),
+            "decoder_fc2": dict(batch=8, tokens=197, dim=2048, out=512, mixed=True),
+        },
+        bytes_moved=lambda k: 3 * tensor_bytes(k["x"], k["weight"]) + tensor_bytes(k["x"]) * k["weight"].shape[0]
+        // k["x"].shape[-1] * 2,
+        flops=lambda k: 6 * k["x"].numel() * k["weight"].shape[0],
+        law=_law,
     )
-)
+)  # fmt: skip

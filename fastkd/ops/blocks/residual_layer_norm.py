@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel, forced_backend
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "residual_layer_norm"
@@ -61,7 +62,7 @@ def _contiguous_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@torch.library.custom_op("fastkd::residual_layer_norm", mutates_args=())
+@custom_op("residual_layer_norm")
 def _op(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _(x, delta, weight, bias, eps, dtype):
     return _outputs(x, delta, dtype)
 
 
-@torch.library.custom_op("fastkd::residual_layer_norm_backward", mutates_args=())
+@custom_op("residual_layer_norm_backward")
 def _op_backward(
     grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, stats: Tensor,
     delta_dtype: torch.dtype | None,
@@ -123,7 +124,9 @@ def _autograd(ctx, grad_total: Tensor, grad_normed: Tensor, _grad_stats):
     total, weight, stats = ctx.saved_tensors
     if ctx.delta_dtype is None:
         grad_total = None
-    grad_x, grad_delta, grad_weight, grad_bias = torch.ops.fastkd.residual_layer_norm_backward(
+    if grad_normed is None:  # nothing was made of it
+        grad_normed = torch.zeros_like(total)
+    grad_x, grad_delta, grad_weight, grad_bias = _op_backward(
         grad_total, grad_normed, total, weight, stats, ctx.delta_dtype
     )
     if ctx.delta_dtype is None:
@@ -168,7 +171,7 @@ def residual_layer_norm(
         total = x if delta is None else x + delta.to(x.dtype)
         return total, F.layer_norm(total.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(dtype)
     weight, bias = weight.to(wide), bias.to(wide)
-    total, normed, _ = torch.ops.fastkd.residual_layer_norm(x, delta, weight, bias, eps, dtype)
+    total, normed, _ = _op(x, delta, weight, bias, eps, dtype)
     return (x if delta is None else total), normed
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "feature_alignment_loss"
@@ -82,7 +83,7 @@ forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward", cuda=
 backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward", cuda=True)
 
 
-@torch.library.custom_op("fastkd::feature_alignment_loss", mutates_args=())
+@custom_op("feature_alignment_loss")
 def _op(student: Tensor, teacher: Tensor, kind: int, normalize: bool, beta: float) -> Tensor:
     loss = torch.empty((), dtype=_wide(student.dtype), device=student.device)
     forward(student, teacher, kind, normalize, beta, loss)
@@ -94,7 +95,7 @@ def _(student, teacher, kind, normalize, beta):
     return torch.empty((), dtype=_wide(student.dtype), device=student.device)
 
 
-@torch.library.custom_op("fastkd::feature_alignment_loss_backward", mutates_args=())
+@custom_op("feature_alignment_loss_backward")
 def _op_backward(
     grad_loss: Tensor, student: Tensor, teacher: Tensor, kind: int, normalize: bool, beta: float
 ) -> Tensor:
@@ -114,7 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_loss: Tensor):
-    grad_student = torch.ops.fastkd.feature_alignment_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
+    grad_student = _op_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
     return grad_student, *[None] * 4
 
 
@@ -177,7 +178,7 @@ def feature_alignment_loss(
     if ndim == 2:
         student, teacher = student[None], teacher[None]
     kind = LOSSES.index(loss)
-    return torch.ops.fastkd.feature_alignment_loss(student, teacher, kind, normalize or loss == "cosine", beta)
+    return _op(student, teacher, kind, normalize or loss == "cosine", beta)
 
 
 def _project(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

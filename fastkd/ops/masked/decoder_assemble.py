@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "decoder_assemble"
@@ -64,7 +65,7 @@ def _empty_out(tokens: Tensor, ids: Tensor, num_prefix: int) -> Tensor:
     return torch.empty(batch, num_prefix + ids.shape[1], width, dtype=tokens.dtype, device=tokens.device)
 
 
-@torch.library.custom_op("fastkd::decoder_assemble", mutates_args=())
+@custom_op("decoder_assemble")
 def _op(tokens: Tensor, fill: Tensor, pos_embed: Tensor | None, ids: Tensor, num_prefix: int) -> Tensor:
     out = _empty_out(tokens, ids, num_prefix)
     pos_embed = None if pos_embed is None else pos_embed.contiguous()
@@ -77,7 +78,7 @@ def _(tokens, fill, pos_embed, ids, num_prefix):
     return _empty_out(tokens, ids, num_prefix)
 
 
-@torch.library.custom_op("fastkd::decoder_assemble_backward", mutates_args=())
+@custom_op("decoder_assemble_backward")
 def _op_backward(
     grad_out: Tensor, ids: Tensor, given: int, num_prefix: int, fill_rows: int, fill_dtype: torch.dtype
 ) -> Tensor:
@@ -100,7 +101,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_out: Tensor):
     grad_fill = None
     if ctx.needs_input_grad[1]:
-        grad_fill = torch.ops.fastkd.decoder_assemble_backward(
+        grad_fill = _op_backward(
             grad_out, *ctx.saved_tensors, ctx.given, ctx.num_prefix, ctx.fill_rows, ctx.fill_dtype
         )
     return grad_out[:, : ctx.given], grad_fill, None, None, None
@@ -163,7 +164,7 @@ def decoder_assemble(
         fill = fill.to(wide)
     if pos_embed is not None and pos_embed.dtype != tokens.dtype:
         pos_embed = pos_embed.to(wide)
-    return torch.ops.fastkd.decoder_assemble(tokens, fill, pos_embed, ids, num_prefix)
+    return _op(tokens, fill, pos_embed, ids, num_prefix)
 
 
 def _reference(tokens, fill, pos_embed, ids, num_prefix=1) -> Tensor:

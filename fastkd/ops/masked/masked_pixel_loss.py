@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from . import images as _images
 
@@ -57,7 +58,7 @@ def _scalar_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("fastkd::masked_pixel_loss", mutates_args=())
+@custom_op("masked_pixel_loss")
 def _op(
     pred: Tensor, images: Tensor, ids: Tensor, weight: Tensor | None, mean: Sequence[float], std: Sequence[float],
     patch: Sequence[int], norm_pix: bool, eps: float,
@@ -73,7 +74,7 @@ def _(pred, images, ids, weight, mean, std, patch, norm_pix, eps):
     return torch.empty((), dtype=_scalar_dtype(pred.dtype), device=pred.device)
 
 
-@torch.library.custom_op("fastkd::masked_pixel_loss_backward", mutates_args=())
+@custom_op("masked_pixel_loss_backward")
 def _op_backward(
     grad_loss: Tensor, pred: Tensor, images: Tensor, ids: Tensor, weight: Tensor | None, mean: Sequence[float],
     std: Sequence[float], patch: Sequence[int], norm_pix: bool, eps: float,
@@ -95,7 +96,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_loss: Tensor):
-    grad_pred = torch.ops.fastkd.masked_pixel_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
+    grad_pred = _op_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
     return grad_pred, *[None] * 8
 
 
@@ -157,7 +158,7 @@ def masked_pixel_loss(
             _check.fail(OP, "masked", "a mask without masked patch", "at least one", "raise mask_ratio")
         ids = torch.arange(rows * columns, device=pred.device).expand(batch, -1)
         weight = (mask / total).contiguous()
-    return torch.ops.fastkd.masked_pixel_loss(pred, images, ids, weight, mean, std, list(patch), norm_pix_loss, eps)
+    return _op(pred, images, ids, weight, mean, std, list(patch), norm_pix_loss, eps)
 
 
 class MaskedPixelLoss(torch.nn.Module):

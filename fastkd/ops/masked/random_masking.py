@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "random_masking"
@@ -68,7 +69,7 @@ kernel = Kernel(
 )
 
 
-@torch.library.custom_op("fastkd::random_masking", mutates_args=())
+@custom_op("random_masking")
 def _op(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_shuffle = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
     ids_restore = torch.empty_like(ids_shuffle)
@@ -122,7 +123,7 @@ def random_masking(
         _check.check_tensor(OP, "noise", noise, 2)
         _check.check_shape(OP, "noise", noise, (batch, num_patches), "(batch, num_patches)")
         noise = noise.detach() if device is None else noise.detach().to(device)
-    ids_shuffle, ids_restore, mask = torch.ops.fastkd.random_masking(noise, keep)
+    ids_shuffle, ids_restore, mask = _op(noise, keep)
     return Masking(ids_shuffle[:, :keep], ids_restore, mask, ids_shuffle)
 
 

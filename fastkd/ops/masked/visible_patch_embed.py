@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
+from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from . import images as _images
 
@@ -100,7 +101,7 @@ def _empty_out(ids: Tensor, weight: Tensor, prefix: Tensor | None) -> Tensor:
     )
 
 
-@torch.library.custom_op("fastkd::visible_patch_embed", mutates_args=())
+@custom_op("visible_patch_embed")
 def _op(
     images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None,
     mean: Sequence[float], std: Sequence[float],
@@ -124,7 +125,7 @@ def _empty_gradients(grad_out: Tensor, num_prefix: int, weight_shape: Sequence[i
     return tuple(torch.empty(shape, **options) for shape in shapes)
 
 
-@torch.library.custom_op("fastkd::visible_patch_embed_backward", mutates_args=())
+@custom_op("visible_patch_embed_backward")
 def _op_backward(
     grad_out: Tensor, images: Tensor, ids: Tensor, num_prefix: int, weight_shape: Sequence[int],
     mean: Sequence[float], std: Sequence[float],
@@ -148,7 +149,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad_out: Tensor):
-    weight, bias, prefix = torch.ops.fastkd.visible_patch_embed_backward(
+    weight, bias, prefix = _op_backward(
         grad_out, *ctx.saved_tensors, ctx.num_prefix, ctx.weight_shape, ctx.mean, ctx.std
     )
     return None, None, weight, bias if ctx.has_bias else None, None, prefix if ctx.num_prefix else None, None, None
@@ -224,7 +225,7 @@ def visible_patch_embed(
     weight, bias, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, prefix))
     if pos_embed is not None and pos_embed.dtype != dtype:
         pos_embed = pos_embed.to(_wide(dtype))
-    return torch.ops.fastkd.visible_patch_embed(images, ids_keep, weight, bias, pos_embed, prefix, mean, std)
+    return _op(images, ids_keep, weight, bias, pos_embed, prefix, mean, std)
 
 
 def _reference(images, ids_keep, weight, bias, pos_embed, prefix=None, *, mean=None, std=None) -> Tensor:
