@@ -116,19 +116,6 @@ inline void transpose(const Bits* rows, int64_t rows_p, int64_t dp, Bits* pairs,
     }
 }
 
-// 2^x by a degree-4 polynomial, relative error 4e-5: far below the rounding of a bfloat16 result. Below 2^-120 it is 0:
-// a denormal number would cost more than the whole row.
-inline __m512 exp2(__m512 x) {
-  const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-120.0f), _CMP_GT_OQ);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.618129e-3f), r, _mm512_set1_ps(5.550411e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402265e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(visible, p, n);
-}
-
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
 // Result rows as bfloat16, times scale.
@@ -190,7 +177,7 @@ inline void forward(const AttentionShape& s, const View& q, const View& k, const
         return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), valid, row + j);
       };
       const auto put = [&](int64_t j, __m512 x, __m512 top, __m512& total) {
-        const __m512 e = exp2(_mm512_fmsub_ps(x, _mm512_set1_ps(scale), top));
+        const __m512 e = exp2_for_bf16(_mm512_fmsub_ps(x, _mm512_set1_ps(scale), top));
         total = _mm512_add_ps(total, e);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(probability + j), round16(e));
       };
@@ -255,7 +242,7 @@ inline void backward(const AttentionShape& s, const View& g, const View& q, cons
         for (int r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * kp + j;
           const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(S + at), _mm512_set1_ps(scale * kLog2e), shift[r]);
-          const __m512 e = _mm512_maskz_mov_ps(valid, exp2(x));  // past the last key a score of 0 could overflow
+          const __m512 e = _mm512_maskz_mov_ps(valid, exp2_for_bf16(x));  // past the last key a score of 0 could overflow
           const __m512 slope = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(DP + at), delta[r]), _mm512_set1_ps(scale));
           const __m256i e16 = round16(e), d16 = round16(_mm512_mul_ps(e, slope));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(D_rows + at), d16);

@@ -25,6 +25,30 @@ inline V gaussian(V x, V& bell) {
   return negative ? tail : 1.0f - tail;
 }
 
+// The same for bfloat16 results. The tail is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.69 |x| / sqrt 2), fitted for
+// the least relative error, 1.6e-4: a tenth of the rounding of the result.
+inline V gaussian_for_bf16(V x, V& bell) {
+#if defined(__AVX512F__)
+  const __m512 v = (__m512)x, size = _mm512_abs_ps(v);
+  const __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(size, _mm512_set1_ps(0.48790367f), _mm512_set1_ps(1.0f)));
+  __m512 p = _mm512_fmadd_ps(t, _mm512_set1_ps(-0.12459653f), _mm512_set1_ps(0.26019907f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.16736934f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.19695015f));
+  const __m512 density = exp2_for_bf16(_mm512_mul_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(-0.72134752f)));
+  bell = (V)density;
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), density);
+  const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ);
+  return (V)_mm512_mask_sub_ps(tail, positive, _mm512_set1_ps(1.0f), tail);
+#else
+  return gaussian(x, bell);
+#endif
+}
+
+template <class T>
+inline V gaussian_for(V x, V& bell) {
+  return std::is_same_v<T, BFloat16> ? gaussian_for_bf16(x, bell) : gaussian(x, bell);
+}
+
 template <class F>
 void for_lines(int64_t n, const F& f) {
   // In blocks of 256 lanes: converted, computed, converted back, all in L1.
@@ -50,7 +74,7 @@ void gelu(const Tensor& x, const Tensor& out) {
         for (int64_t i = 0; i < count; i += 16) {
           V bell;
           const V v = Simd<float>::load(line + i);
-          Simd<float>::store(line + i, v * gaussian(v, bell));
+          Simd<float>::store(line + i, v * gaussian_for<T>(v, bell));
         }
         convert_row(line, count, to + start);
       }
@@ -76,7 +100,7 @@ void gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& grad_x
         for (int64_t i = 0; i < count; i += 16) {
           V bell;
           const V v = Simd<float>::load(line + i);
-          const V slope = gaussian(v, bell) + v * bell * 0.39894228f;
+          const V slope = gaussian_for<T>(v, bell) + v * bell * 0.39894228f;
           Simd<float>::store(line + i, slope * Simd<float>::load(gradient + i));
         }
         convert_row(line, count, to + start);

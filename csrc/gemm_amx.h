@@ -168,25 +168,34 @@ void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b,
   const int64_t cuts = std::min(columns, (threads + chunks - 1) / chunks), cut = (columns + cuts - 1) / cuts;
   const int64_t sweeps = (tiles + kDepth - 1) / kDepth, sweep = (tiles + sweeps - 1) / sweeps;
   parallel(chunks * cuts, 1, [&](int64_t begin, int64_t end) {
-    Scratch<> scratch(2 * chunk * strip * sizeof(Bits) + chunk * 1024 * sizeof(float) + 128);
+    Scratch<> scratch(2 * chunk * strip * sizeof(Bits) + (chunk + 1) * 1024 * sizeof(float) + 128);
     Bits* const a = scratch.take<Bits>(2 * chunk * strip);
-    float* const c = scratch.take<float>(chunk * 1024);
+    float* const c = scratch.take<float>((chunk + 1) * 1024);
     const Tiles configured;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / cuts * chunk, count = std::min(chunk, rows - first), left = task % cuts * cut;
       pack(pack_a, 0, 2 * count, 2 * first, tiles, left == 0, a);
+      // A block is finished after the next one is multiplied: loads that follow tile stores at once would stall.
+      struct { int64_t i, j; const float* c = nullptr; } done;
+      const auto finish_block = [&] {
+        if (done.c)
+          finish(done.i, done.j, std::min<int64_t>(32, m - done.i), std::min<int64_t>(32, n - done.j), done.c);
+      };
       for (int64_t j = left; j < std::min(columns, left + cut); ++j)
         for (int64_t l = 0; l < tiles; l += sweep)
           for (int64_t i = 0; i < count; ++i) {
-            const int64_t height = m - 32 * (first + i), length = std::min(sweep, tiles - l);
+            const int64_t row = 32 * (first + i), column = 32 * j, length = std::min(sweep, tiles - l);
             const Bits *x = a + 2 * i * strip + l * kTile, *y = b + 2 * j * strip + l * kTile;
-            float* block = c + (sweeps > 1 ? i * 1024 : 0);
-            const T* result = out + 32 * (first + i) * n + 32 * j;
-            if (height > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, result, n);
+            float* block = c + (sweeps > 1 ? i : (i + j * count) % 2) * 1024;
+            const T* result = out + row * n + column;
+            if (m - row > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, result, n);
             else multiply<false>(length, x, strip, y, strip, block, l > 0, result, n);
-            if (l + sweep >= tiles)
-              finish(32 * (first + i), 32 * j, std::min<int64_t>(32, height), std::min<int64_t>(32, n - 32 * j), block);
+            if (l + sweep >= tiles) {
+              finish_block();
+              done = {row, column, block};
+            }
           }
+      finish_block();
     }
   });
 }
