@@ -90,12 +90,12 @@ void forward_head(const Shape& s, const Head<T>& q, const Head<T>& k, const Head
 
 template <class T>
 void backward_head(const Shape& s, const Head<T>& g, const Head<T>& q, const Head<T>& k, const Head<T>& v,
-                   const Head<T>& out, const Accumulate<T>* lse, const Head<T>& grad_q, const Head<T>& grad_k,
-                   const Head<T>& grad_v, std::vector<Accumulate<T>>& scratch) {
+                   const Accumulate<T>* lse, const Head<T>& grad_q, const Head<T>& grad_k, const Head<T>& grad_v,
+                   std::vector<Accumulate<T>>& scratch) {
   using A = Accumulate<T>;
   using S = Simd<A>;
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (amx::available()) return amx::backward(s, g, q, k, v, out, lse, grad_q, grad_k, grad_v);
+    if (amx::available()) return amx::backward(s, g, q, k, v, lse, grad_q, grad_k, grad_v);
   const int64_t kp = round_up(s.keys, S::lanes), dp = round_up(s.dim, S::lanes);
   const int64_t rows = std::max(s.queries, s.keys);
   scratch.resize(2 * s.queries * (dp + kp) + 2 * s.dim * kp + s.keys * dp + rows * dp);
@@ -113,7 +113,7 @@ void backward_head(const Shape& s, const Head<T>& g, const Head<T>& q, const Hea
     A *p = P + i * kp, *d = D + i * kp;
     for (int64_t j = s.keys; j < kp; ++j) p[j] = -INFINITY;
     // delta = sum_j P_ij dP_ij / sum_j P_ij from the very terms that it is taken from: exact where they cancel, blind to
-    // the rounding of lse and, unlike g . out, to that of out.
+    // the rounding of lse and, unlike grad . out, to that of out.
     typename S::type sum{}, total{};
     for (int64_t j = 0; j < kp; j += S::lanes) {
       const auto e = exp(S::load(p + j) - lse[i]);
@@ -156,8 +156,8 @@ void attention(const Tensor& query, const Tensor& key_value, int64_t heads, cons
   });
 }
 
-void attention_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key_value, const Tensor& out,
-                        const Tensor& lse, int64_t heads, const Tensor& grad_query, const Tensor& grad_key_value) {
+void attention_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key_value, const Tensor& lse,
+                        int64_t heads, const Tensor& grad_query, const Tensor& grad_key_value) {
   const Shape s(query, key_value, heads);
   for_float(query.scalar_type(), "attention_backward", [&](auto type) {
     using T = typename decltype(type)::type;
@@ -167,7 +167,7 @@ void attention_backward(const Tensor& grad_out, const Tensor& query, const Tenso
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / s.heads, h = task % s.heads;
         backward_head<T>(s, {grad_out, b, h, s.dim}, {query, b, h, s.dim}, {key_value, b, h, s.dim},
-                         {key_value, b, h, s.dim, s.width()}, {out, b, h, s.dim}, log_sum + task * s.queries,
+                         {key_value, b, h, s.dim, s.width()}, log_sum + task * s.queries,
                          {grad_query, b, h, s.dim}, {grad_key_value, b, h, s.dim},
                          {grad_key_value, b, h, s.dim, s.width()}, scratch);
       }

@@ -123,7 +123,7 @@ inline void store_rows(const View& to, int64_t rows, const float* in, int64_t ld
   for (int64_t i = 0; i < rows; ++i) {
     const __m512 s = _mm512_set1_ps(scale[per_row ? i : 0]);
     for (int64_t j = 0; j < to.dim; j += 16) {
-      const __mmask16 valid = _cvtu32_mask16(j + 16 <= to.dim ? 0xffff : (1u << (to.dim - j)) - 1);
+      const __mmask16 valid = first16(to.dim - j);
       _mm256_mask_storeu_epi16(to.base + i * to.row + j, valid, round16(_mm512_mul_ps(_mm512_loadu_ps(in + i * ld + j), s)));
     }
   }
@@ -137,17 +137,6 @@ inline void store_transposed(const View& to, int64_t rows, float* in, int64_t ro
                   reinterpret_cast<uint32_t*>(scratch) + i * dp + j, dp);
   const float one = 1;
   store_rows(to, rows, scratch, dp, &one, false);
-}
-
-// Sum of products of two bfloat16 lines.
-inline float dot(const Bits* x, const Bits* y, int64_t n) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n; j += 32) {
-    const __mmask32 valid = j + 32 <= n ? ~0u : (1u << (n - j)) - 1;
-    const __m512i a = _mm512_maskz_loadu_epi16(valid, x + j), b = _mm512_maskz_loadu_epi16(valid, y + j);
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  return _mm512_reduce_add_ps(sum);
 }
 
 constexpr int64_t kStrip = 32;  // query rows whose scores are live at a time
@@ -173,8 +162,7 @@ inline void forward(const AttentionShape& s, const View& q, const View& k, const
       const float* row = S + i * kp;
       Bits* probability = P + i * kp;
       const auto load = [&](int64_t j) {  // past the last key: -inf
-        const __mmask16 valid = j + 16 <= s.keys ? 0xffff : j >= s.keys ? 0 : (1u << (s.keys - j)) - 1;
-        return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), valid, row + j);
+        return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first16(s.keys - j), row + j);
       };
       const auto put = [&](int64_t j, __m512 x, __m512 top, __m512& total) {
         const __m512 e = exp2_for_bf16(_mm512_fmsub_ps(x, _mm512_set1_ps(scale), top));
@@ -203,7 +191,7 @@ inline void forward(const AttentionShape& s, const View& q, const View& k, const
 }
 
 inline void backward(const AttentionShape& s, const View& g, const View& q, const View& k, const View& v,
-                     const View& out, const float* lse, const View& grad_q, const View& grad_k, const View& grad_v) {
+                     const float* lse, const View& grad_q, const View& grad_k, const View& grad_v) {
   const int64_t kp = round_up(s.keys, 32), dp = round_up(s.dim, 32), qp = round_up(s.queries, 32);
   const int64_t rows_p = std::max(qp, kp);
   Scratch<> scratch(2 * (4 * qp * dp + 4 * kp * dp + rows_p * dp + 2 * qp * kp + kStrip * kp) +
@@ -230,19 +218,27 @@ inline void backward(const AttentionShape& s, const View& g, const View& q, cons
     gemm(kStrip, kp, dp, Q + start * dp, dp, KT, kp, S, kp);
     gemm(kStrip, kp, dp, G + start * dp, dp, VT, kp, DP, kp);
     for (int64_t i = 0; i < kStrip; i += 2) {
-      __m512 delta[2], shift[2];
+      // delta = sum P dP / sum P, not dO . O: the terms of dS then cancel as they should where a softmax is sharp.
+      __m512 delta[2];
       for (int64_t r = 0; r < 2; ++r) {
-        const bool inside = i + r < live;
-        delta[r] = _mm512_set1_ps(inside ? dot(line(out, start + i + r), G + (start + i + r) * dp, s.dim) : 0);
-        shift[r] = _mm512_set1_ps(inside ? lse[start + i + r] * kLog2e : INFINITY);
+        const __m512 shift = _mm512_set1_ps(i + r < live ? lse[start + i + r] * kLog2e : INFINITY);
+        __m512 sum = _mm512_setzero_ps(), total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < kp; j += 16) {
+          const int64_t at = (i + r) * kp + j;
+          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(S + at), _mm512_set1_ps(scale * kLog2e), shift);
+          // Past the last key a score of 0 could overflow.
+          const __m512 e = _mm512_maskz_mov_ps(first16(s.keys - j), exp2_for_bf16(x));
+          sum = _mm512_fmadd_ps(e, _mm512_loadu_ps(DP + at), sum);
+          total = _mm512_add_ps(total, e);
+          _mm512_storeu_ps(S + at, e);
+        }
+        delta[r] = _mm512_set1_ps(i + r < live ? _mm512_reduce_add_ps(sum) / _mm512_reduce_add_ps(total) : 0);
       }
       for (int64_t j = 0; j < kp; j += 16) {
         __m512i p[2], d[2];
-        const __mmask16 valid = j + 16 <= s.keys ? 0xffff : j >= s.keys ? 0 : (1u << (s.keys - j)) - 1;
         for (int r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * kp + j;
-          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(S + at), _mm512_set1_ps(scale * kLog2e), shift[r]);
-          const __m512 e = _mm512_maskz_mov_ps(valid, exp2_for_bf16(x));  // past the last key a score of 0 could overflow
+          const __m512 e = _mm512_loadu_ps(S + at);
           const __m512 slope = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(DP + at), delta[r]), _mm512_set1_ps(scale));
           const __m256i e16 = round16(e), d16 = round16(_mm512_mul_ps(e, slope));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(D_rows + at), d16);

@@ -19,8 +19,7 @@ inline V gaussian(V x, V& bell) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const V floor = Simd<float>::splat(-80.0f), power = -z * z;  // below: no denormal numbers, and 0 beside 1 anyway
-  bell = exp_in_range(power < floor ? floor : power);
+  bell = exp(-z * z);
   const V tail = 0.5f * p * t * bell;  // 1 - Phi(|x|)
   return negative ? tail : 1.0f - tail;
 }
@@ -49,12 +48,48 @@ inline V gaussian_for(V x, V& bell) {
   return std::is_same_v<T, BFloat16> ? gaussian_for_bf16(x, bell) : gaussian(x, bell);
 }
 
-template <class F>
-void for_lines(int64_t n, const F& f) {
-  // In blocks of 256 lanes: converted, computed, converted back, all in L1.
-  constexpr int64_t block = 256;
-  parallel((n + block - 1) / block, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i * block, std::min(block, n - i * block));
+// Vectors of 16 numbers at p.
+inline V load(const float* p) { return Simd<float>::load(p); }
+inline void store(V v, float* p) { Simd<float>::store(p, v); }
+template <class T>
+inline V load(const T* p) {
+  alignas(64) float line[16];
+  convert_row(p, 16, line);
+  return Simd<float>::load(line);
+}
+template <class T>
+inline void store(V v, T* p) {
+  alignas(64) float line[16];
+  Simd<float>::store(line, v);
+  convert_row(line, 16, p);
+}
+#if defined(__AVX512BF16__)
+inline V load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+inline void store(V v, BFloat16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
+// out[i] = f(in[i]...) in vectors; the last few through copies on the stack.
+template <class T, class F, class... In>
+void map(int64_t n, const F& f, T* out, const In*... in) {
+  constexpr int64_t block = 4096;
+  parallel((n + block - 1) / block, 4, [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(n, end * block);
+    int64_t i = begin * block;
+    for (; i + 16 <= stop; i += 16) store(f(load(in + i)...), out + i);
+    if (i == stop) return;
+    const auto last = [&](const T* from) {
+      T line[16] = {};
+      std::copy_n(from + i, stop - i, line);
+      return load(line);
+    };
+    T line[16];
+    store(f(last(in)...), line);
+    std::copy_n(line, stop - i, out + i);
   });
 }
 
@@ -65,20 +100,15 @@ void gelu(const Tensor& x, const Tensor& out) {
     using T = typename decltype(type)::type;
     const T* from = data<T>(x);
     T* to = mutable_data<T>(out);
-    for_lines(x.numel(), [&](int64_t start, int64_t count) {
-      if constexpr (std::is_same_v<T, double>) {
-        for (int64_t i = start; i < start + count; ++i) to[i] = from[i] * 0.5 * std::erfc(-from[i] * M_SQRT1_2);
-      } else {
-        alignas(64) float line[256];
-        convert_row(from + start, count, line);
-        for (int64_t i = 0; i < count; i += 16) {
-          V bell;
-          const V v = Simd<float>::load(line + i);
-          Simd<float>::store(line + i, v * gaussian_for<T>(v, bell));
-        }
-        convert_row(line, count, to + start);
-      }
-    });
+    if constexpr (std::is_same_v<T, double>) {
+      for (int64_t i = 0; i < x.numel(); ++i) to[i] = from[i] * 0.5 * std::erfc(-from[i] * M_SQRT1_2);
+    } else {
+      const auto f = [](V v) {
+        V bell;
+        return v * gaussian_for<T>(v, bell);
+      };
+      map(x.numel(), f, to, from);
+    }
   });
 }
 
@@ -87,25 +117,19 @@ void gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& grad_x
     using T = typename decltype(type)::type;
     const T *from = data<T>(x), *upstream = data<T>(grad_out);
     T* to = mutable_data<T>(grad_x);
-    for_lines(x.numel(), [&](int64_t start, int64_t count) {
-      if constexpr (std::is_same_v<T, double>) {
-        for (int64_t i = start; i < start + count; ++i) {
-          const double phi = std::exp(-0.5 * from[i] * from[i]) * 0.3989422804014327;
-          to[i] = upstream[i] * (0.5 * std::erfc(-from[i] * M_SQRT1_2) + from[i] * phi);
-        }
-      } else {
-        alignas(64) float line[256], gradient[256];
-        convert_row(from + start, count, line);
-        convert_row(upstream + start, count, gradient);
-        for (int64_t i = 0; i < count; i += 16) {
-          V bell;
-          const V v = Simd<float>::load(line + i);
-          const V slope = gaussian_for<T>(v, bell) + v * bell * 0.39894228f;
-          Simd<float>::store(line + i, slope * Simd<float>::load(gradient + i));
-        }
-        convert_row(line, count, to + start);
+    if constexpr (std::is_same_v<T, double>) {
+      for (int64_t i = 0; i < x.numel(); ++i) {
+        const double phi = std::exp(-0.5 * from[i] * from[i]) * 0.3989422804014327;
+        to[i] = upstream[i] * (0.5 * std::erfc(-from[i] * M_SQRT1_2) + from[i] * phi);
       }
-    });
+    } else {
+      const auto f = [](V v, V g) {
+        V bell;
+        const V area = gaussian_for<T>(v, bell);
+        return (area + v * bell * 0.39894228f) * g;
+      };
+      map(x.numel(), f, to, from, upstream);
+    }
   });
 }
 

@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "-> ()");
   m.def("decoder_assemble_backward(Tensor grad_out, Tensor ids, int given, int num_prefix, Tensor(a!) grad_fill) -> ()");
   m.def("attention(Tensor query, Tensor key_value, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor out, Tensor lse, int num_heads, "
+  m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("has_amx() -> bool");

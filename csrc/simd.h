@@ -27,37 +27,38 @@ struct Simd {
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7; x in
-// [-87, 88].
-inline Simd<float>::type exp_in_range(Simd<float>::type x) {
-  typedef uint32_t Bits __attribute__((vector_size(64)));  // unsigned: NaN may wrap around
+// exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7. Inputs below -87
+// give 0: a denormal number would cost more than the whole row. Above 88 the result is not defined.
+inline Simd<float>::type exp(Simd<float>::type x) {
   using S = Simd<float>;
-  const S::type magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const S::type shifted = x * 1.44269504088896341f + magic;
-  const S::type n = shifted - magic;
+  const auto power = [](S::type r) {  // exp(r)
+    S::type p = S::splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * r * r + r + 1.0f;
+  };
+#if defined(__AVX512F__)
+  const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const auto n = (S::type)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), nearest);
   const S::type r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  S::type p = S::splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return (S::type)_mm512_maskz_scalef_ps(visible, (__m512)power(r), (__m512)n);
+#else
+  typedef uint32_t Bits __attribute__((vector_size(64)));  // unsigned: NaN may wrap around
+  const auto underflow = x < -87.0f;
+  const S::type inside = underflow ? S::type{} : x, magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds
+  const S::type shifted = inside * 1.44269504088896341f + magic, n = shifted - magic;
+  const S::type r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   const Bits exponent = (bits + 127) << 23;  // the low bits of `shifted` hold n
-  S::type power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  return p * power;
-}
-
-// Inputs below -87 give 0, above 88 saturate.
-inline Simd<float>::type exp(Simd<float>::type x) {
-  using S = Simd<float>;
-  const S::type low = S::splat(-87.0f), high = S::splat(88.0f);
-  const auto underflow = x < low;
-  x = x > high ? high : x;
-  return underflow ? S::type{} : exp_in_range(underflow ? low : x);
+  S::type scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  return underflow ? S::type{} : power(r) * scale;
+#endif
 }
 
 // 1 / x to 2^-28 for positive normal x: a division would take longer than everything around it.

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import backends_of
 from process import run_python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
+import fastkd.ops.blocks.gelu
 from fastkd import _native, ops
 from fastkd.ops import _dispatch
 from fastkd.ops._dispatch import Kernel
@@ -151,3 +153,37 @@ def test_cpu_library_from_the_environment():
     code = "from fastkd import _native; print(_native.library_path('cpu'), _native.why_not_loaded('cpu'))"
     said = python(code, FASTKD_CPU_LIBRARY="/nowhere/libother.so")
     assert said.startswith("/nowhere/libother.so libother.so does not load:") and "pip install" in said
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_eager_code_enters_an_op_directly_and_whoever_watches_sees_it():
+    """The same value and gradient both ways: through the registered op under a dispatch mode, past it without one."""
+    op, x = fastkd.ops.blocks.gelu._op, torch.randn(3, 5, requires_grad=True)
+    direct = op(x)
+    assert type(direct.grad_fn) is not type(op._traced(x).grad_fn)
+    with Calls() as calls:
+        watched = op(x)
+    assert "fastkd.gelu.default" in calls.names
+    assert torch.equal(direct, watched)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (direct, watched)]
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        assert not op(x).requires_grad
+
+
+def test_outputs_that_nothing_was_made_of_get_no_gradient():
+    x, weight, bias = torch.randn(1, 2, 8, requires_grad=True), torch.ones(8), torch.zeros(8)
+    total, normed = ops.residual_layer_norm(x, torch.zeros(1, 2, 8), weight, bias)
+    assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones_like(x))
+    assert torch.autograd.grad(normed.sum(), x)[0].abs().max() < 1e-6

@@ -9,13 +9,17 @@ FEATURES = "fastkd/ops/features"
 
 
 class Mutant(NamedTuple):
-    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest."""
+    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest.
+
+    `cpu`: the CPU variant that must run, where the file is compiled in one alone.
+    """
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    cpu: str = ""
 
 
 def golden(what: str, backend: str = "") -> tuple[str, ...]:
@@ -95,6 +99,8 @@ PYTHON = [
            "self.mask_token[0] + 0 * self.decoder_pos_embed[0, prefix:]", models("student_forward")),
     Mutant("positions: rows and columns swapped", "fastkd/models/positions.py", "for position in (x, y)]",
            "for position in (y, x)]", golden("pos_embed")),
+    Mutant("linear: bias without its gradient", "fastkd/ops/blocks/linear.py", "bias_gradient.to(ctx.bias_dtype) if",
+           "0 * bias_gradient.to(ctx.bias_dtype) if", accuracy("linear", "reference")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
            "return lr * (epoch + 1) / warmup_epochs", ("test_golden_models.py", "-k", "lr_schedule")),
 ]  # fmt: skip
@@ -140,6 +146,19 @@ NATIVE = [
     Mutant("C++ attention: softmax scale", "csrc/attention.cpp",
            "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
            "q.load(s.queries, Q, dp, A(1) / A(s.dim));", accuracy("attention", "cpp")),
+    Mutant("C++ GELU: the density is left out of the slope", "csrc/gelu.cpp", "area + v * bell * 0.39894228f",
+           "area + 0 * bell", accuracy("gelu", "cpp")),
+    Mutant("C++ linear: deep products start again", "csrc/gemm_amx.h", "strip, block, l > 0, result, n);\n            else",
+           "strip, block, false, result, n);\n            else", accuracy("linear", "cpp"), "amx"),
+    Mutant("C++ linear: the last rows of a deep sum replace the first", "csrc/linear.cpp", "if (start > 0) value",
+           "if (start < 0) value", accuracy("linear", "cpp"), "amx"),
+    Mutant("C++ linear: the last block is not written", "csrc/gemm_amx.h", "      finish_block();\n    }\n  });",
+           "    }\n  });", accuracy("linear", "cpp"), "amx"),
+    Mutant("C++ linear: bias gradient without the last columns", "csrc/gemm_amx.h", "_mm512_storeu_ps(sums + i, sum);",
+           "if (i < 16) _mm512_storeu_ps(sums + i, sum);", accuracy("linear", "cpp"), "amx"),
+    Mutant("AMX attention: delta of the row before", "csrc/attention_amx.h",
+           "_mm512_sub_ps(_mm512_loadu_ps(DP + at), delta[r])", "_mm512_sub_ps(_mm512_loadu_ps(DP + at), delta[0])",
+           accuracy("attention", "cpp"), "amx"),
 ]  # fmt: skip
 
 # No bug: shows that the judge does not call everything found.

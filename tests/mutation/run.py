@@ -94,7 +94,11 @@ class Workspace:
 
 
 def select(words: list[str]) -> list[Mutant]:
-    return [m for m in MUTANTS if all(w.lower() in f"{m.name} {m.file}".lower() for w in words)]
+    from fastkd import _native
+
+    variant = Path(_native.library_path("cpu") or "none").stem
+    here = [m for m in MUTANTS if variant.endswith(m.cpu)]
+    return [m for m in here if all(w.lower() in f"{m.name} {m.file}".lower() for w in words)]
 
 
 def main(arguments: list[str]) -> int:
