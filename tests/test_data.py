@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process import run_python
 from tiny_run import write_pictures
 
 from fastkd.data import (
@@ -259,3 +260,15 @@ def test_evaluation_views(pictures):
     Image.fromarray(half).save(pictures / "half.png")
     view = center_crop(pictures / "half.png", (8, 8))
     assert (view[:, :3] < 10).all() and (view[:, 5:] > 190).all()
+
+
+def test_a_process_that_exits_with_an_iterator_alive_does_not_wait_for_its_workers_for_ever(pictures):
+    code = """
+import sys
+from fastkd.data import ImageLoader, loader
+loader.SECONDS_AFTER_SIGTERM = 1
+batches = iter(ImageLoader(sys.argv[1], (16, 20), 2, workers=1))
+next(batches)
+kept = lambda: kept, batches  # a cycle: nothing ends the iterator before the interpreter
+"""
+    assert run_python("-c", code, pictures).returncode == 0

@@ -26,6 +26,8 @@ from .transforms import random_resized_crop
 
 logger = logging.getLogger("fastkd")
 
+SECONDS_AFTER_SIGTERM = 300  # that a worker goes on, for the last step of the main process
+
 
 class UnreadableError(RuntimeError):
     """Image after image cannot be read."""
@@ -232,6 +234,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides, workers go on serving its last step.
-    # They end with it: by its word, or when they see that it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # They end with it: by its word, or when they see that it is gone. Should it wait for them without a word, as an
+    # interpreter does that exits with an iterator alive, SIGTERM ends them after all, late.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))

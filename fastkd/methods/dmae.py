@@ -134,7 +134,8 @@ class DMAE(nn.Module):
             pred: [B, m, p * p * C] predictions and ids_pred [B, m] int64 their patches (both absent without
             reconstruction); mask [B, L], 1 = masked.
         """
-        masking = ops.random_masking(imgs.shape[0], self.student.num_patches, mask_ratio, noise=noise, device=imgs.device)
+        batch, device = imgs.shape[0], imgs.device
+        masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, device=device)
         with record_function("fastkd.teacher"):
             targets = self._teacher_features(imgs, masking.ids_keep)
         with record_function("fastkd.student"):
@@ -186,9 +187,7 @@ class DMAE(nn.Module):
         student, teacher = self._same_tokens(student, teacher)
         if self.projector == "linear":
             return ops.feature_alignment_loss(student, teacher, head.weight, head.bias, loss=self.loss)
-        return ops.feature_alignment_loss(
-            head(student), teacher, loss=self.loss, normalize=self.projector is not None
-        )
+        return ops.feature_alignment_loss(head(student), teacher, loss=self.loss, normalize=self.projector is not None)
 
     def _same_tokens(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Drops prefix tokens that only one side has: CLS meets CLS, registers meet nothing."""

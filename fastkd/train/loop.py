@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -101,11 +102,10 @@ def _train(config: DistillConfig, group: Processes) -> Result:
         held_out.draw(run)
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main)
-    with reporter, Interrupt(group.is_main) as interrupt:
+    with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
         _announce(config, method, loader, group, step, source)
         if step == 0 and group.is_main:
             held_out.evaluate(run, step, loader.epoch)
-        batches = iter(loader)
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
         while step < config.steps and not interrupt.pressed:

@@ -92,8 +92,8 @@ def _op_backward(
     apart = delta_dtype not in (None, total.dtype)
     grad_total = None if grad_total is None else _contiguous_rows(grad_total)
     backward(
-        grad_total, _contiguous_rows(grad_normed), _contiguous_rows(total), weight.contiguous(), stats, grad_weight, grad_bias,
-        grad_delta if apart else None, grad_x,
+        grad_total, _contiguous_rows(grad_normed), _contiguous_rows(total), weight.contiguous(), stats,
+        grad_weight, grad_bias, grad_delta if apart else None, grad_x,
     )  # fmt: skip
     return grad_x, grad_delta, grad_weight, grad_bias
 

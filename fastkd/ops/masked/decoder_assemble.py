@@ -101,9 +101,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_out: Tensor):
     grad_fill = None
     if ctx.needs_input_grad[1]:
-        grad_fill = _op_backward(
-            grad_out, *ctx.saved_tensors, ctx.given, ctx.num_prefix, ctx.fill_rows, ctx.fill_dtype
-        )
+        grad_fill = _op_backward(grad_out, *ctx.saved_tensors, ctx.given, ctx.num_prefix, ctx.fill_rows, ctx.fill_dtype)
     return grad_out[:, : ctx.given], grad_fill, None, None, None
 
 

@@ -226,10 +226,16 @@ SPEC = register(
         cases={
             "mask": dict(batch=2, grid=(3, 3), patch=(4, 4), channels=3, ratio=0.75, ids=False, norm_pix=False),
             "mask_norm": dict(batch=2, grid=(2, 3), patch=(5, 5), channels=3, ratio=0.5, ids=False, norm_pix=True),
-            "ids_uint8": dict(batch=3, grid=(2, 4), patch=(4, 4), channels=3, ratio=0.75, ids=True, norm_pix=True, uint8=True),
-            "one_channel": dict(batch=2, grid=(2, 2), patch=(3, 5), channels=1, ratio=0.5, ids=True, norm_pix=False, uint8=True),
+            "ids_uint8": dict(
+                batch=3, grid=(2, 4), patch=(4, 4), channels=3, ratio=0.75, ids=True, norm_pix=True, uint8=True,
+            ),
+            "one_channel": dict(
+                batch=2, grid=(2, 2), patch=(3, 5), channels=1, ratio=0.5, ids=True, norm_pix=False, uint8=True,
+            ),
             "many_channels": dict(batch=1, grid=(2, 2), patch=(2, 2), channels=7, ratio=0.5, ids=True, norm_pix=True),
-            "strided": dict(batch=2, grid=(2, 3), patch=(4, 4), channels=3, ratio=0.5, ids=False, norm_pix=True, strided=True),
+            "strided": dict(
+                batch=2, grid=(2, 3), patch=(4, 4), channels=3, ratio=0.5, ids=False, norm_pix=True, strided=True,
+            ),
             "one_row": dict(batch=1, grid=(1, 1), patch=(2, 2), channels=3, ratio=1.0, ids=True, norm_pix=False),
         },
         space=dict(
@@ -238,8 +244,12 @@ SPEC = register(
             strided=(False, True), seed=tuple(range(5)),
         ),
         bench={
-            "vit_75": dict(batch=128, grid=(14, 14), patch=(16, 16), channels=3, ratio=0.75, ids=True, norm_pix=False, uint8=True),
-            "vit_95_norm": dict(batch=128, grid=(14, 14), patch=(16, 16), channels=3, ratio=0.95, ids=True, norm_pix=True, uint8=True),
+            "vit_75": dict(
+                batch=128, grid=(14, 14), patch=(16, 16), channels=3, ratio=0.75, ids=True, norm_pix=False, uint8=True,
+            ),
+            "vit_95_norm": dict(
+                batch=128, grid=(14, 14), patch=(16, 16), channels=3, ratio=0.95, ids=True, norm_pix=True, uint8=True,
+            ),
         },
         bytes_moved=lambda k: 3 * tensor_bytes(k["pred"]) + 2 * k["pred"].numel() * k["images"].element_size(),
         flops=lambda k: 12 * k["pred"].numel(),
