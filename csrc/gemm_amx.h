@@ -180,8 +180,9 @@ void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b,
       const auto finish_block = [&] {
         if (done.c)
           finish(done.i, done.j, std::min<int64_t>(32, m - done.i), std::min<int64_t>(32, n - done.j), done.c);
+        done.c = nullptr;
       };
-      for (int64_t j = left; j < std::min(columns, left + cut); ++j)
+      for (int64_t j = left; j < std::min(columns, left + cut); ++j) {
         for (int64_t l = 0; l < tiles; l += sweep)
           for (int64_t i = 0; i < count; ++i) {
             const int64_t row = 32 * (first + i), column = 32 * j, length = std::min(sweep, tiles - l);
@@ -195,6 +196,8 @@ void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b,
               done = {row, column, block};
             }
           }
+        if (sweeps > 1) finish_block();  // the next column starts sums in the same memory
+      }
       finish_block();
     }
   });

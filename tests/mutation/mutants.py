@@ -153,6 +153,8 @@ NATIVE = [
            accuracy("linear", "cpp"), "amx"),
     Mutant("C++ linear: the last rows of a deep sum replace the first", "csrc/linear.cpp", "if (start > 0) value",
            "if (start < 0) value", accuracy("linear", "cpp"), "amx"),
+    Mutant("C++ linear: sums of the next column start too early", "csrc/gemm_amx.h", "if (sweeps > 1) finish_block();",
+           "", accuracy("linear", "cpp"), "amx"),
     Mutant("C++ linear: the last block is not written", "csrc/gemm_amx.h", "      finish_block();\n    }\n  });",
            "    }\n  });", accuracy("linear", "cpp"), "amx"),
     Mutant("C++ linear: bias gradient without the last columns", "csrc/gemm_amx.h", "_mm512_storeu_ps(sums + i, sum);",

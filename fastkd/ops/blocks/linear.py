@@ -244,7 +244,7 @@ SPEC = register(
             "no_bias": dict(batch=2, dim=32, out=16, bias=False, mixed=True),
             "odd": dict(batch=3, dim=37, out=19, tokens=7, strided=True),
             "one_row": dict(batch=1, dim=5, out=3, tokens=1, mixed=True),
-            "deep": dict(batch=1, dim=1100, out=33, tokens=40, mixed=True),
+            "deep": dict(batch=2, dim=1100, out=200, tokens=100, mixed=True),
             "many_rows": dict(batch=3, dim=20, out=70, tokens=700, mixed=True),
         },
         space=dict(
