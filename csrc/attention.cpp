@@ -72,8 +72,9 @@ void forward_head(const Shape& s, const Head<T>& q, const Head<T>& k, const Head
   if constexpr (std::is_same_v<T, BFloat16>)
     if (amx::available()) return amx::forward(s, q, k, v, out, lse);
   const int64_t kp = round_up(s.keys, Simd<A>::lanes), dp = round_up(s.dim, Simd<A>::lanes);
-  scratch.resize(s.queries * (2 * dp + kp) + s.dim * kp + s.keys * dp);
+  scratch.resize(s.queries * (2 * dp + kp + 1) + s.dim * kp + s.keys * dp);
   A *Q = scratch.data(), *KT = Q + s.queries * dp, *V = KT + s.dim * kp, *P = V + s.keys * dp, *O = P + s.queries * kp;
+  A* inverse = O + s.queries * dp;
   q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));
   k.load_transposed(s.keys, KT, kp);
   v.load(s.keys, V, dp);
@@ -82,9 +83,11 @@ void forward_head(const Shape& s, const Head<T>& q, const Head<T>& k, const Head
     A top;
     const A sum = exponentials(P + i * kp, s.keys, kp, top);
     lse[i] = top + std::log(sum);
-    for (int64_t j = 0; j < kp; ++j) P[i * kp + j] /= sum;
+    inverse[i] = A(1) / sum;
   }
   small_gemm(s.queries, dp, s.keys, P, kp, 1, V, dp, O, dp);
+  for (int64_t i = 0; i < s.queries; ++i)
+    for (int64_t j = 0; j < dp; ++j) O[i * dp + j] *= inverse[i];
   out.store(s.queries, O, dp);
 }
 

@@ -102,7 +102,7 @@ inline void gemm_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_col, c
   for (int64_t l = 0; l < depth; ++l) {
     typename S::type line[VECTORS];
     for (int v = 0; v < VECTORS; ++v) line[v] = S::load(b + l * ldb + v * S::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
       const A x = a[i * a_row + l * a_col];
 #pragma GCC unroll 4
@@ -116,8 +116,11 @@ inline void gemm_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_col, c
 template <int VECTORS, class A>
 inline void gemm_columns(int64_t m, int64_t depth, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb,
                          A* c, int64_t ldc) {
+  constexpr int rows = VECTORS > 2 ? 6 : 12;  // 24 vectors of sums, where registers are 32
   int64_t i = 0;
-  for (; i + 6 <= m; i += 6)
+  for (; i + rows <= m; i += rows)
+    gemm_tile<rows, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  for (; rows > 6 && i + 6 <= m; i += 6)
     gemm_tile<6, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
   for (; i + 2 <= m; i += 2)
     gemm_tile<2, VECTORS>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
