@@ -159,8 +159,9 @@ def test_markdown_between_markers(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| a | b | c |\n|---|---|---:|\n| x | y | 1 |\n" in text
     path.write_text("nothing")
-    with pytest.raises(ValueError, match="results: begin"):
-        report.write_between_markers(path, "text")
+    for page in (path, tmp_path / "missing.md"):  # said before anything is trained
+        with pytest.raises(ConfigError, match="markdown.*results: begin"):
+            dmae.main(dmae.Config(markdown=page, out=tmp_path))
 
 
 def test_wrong_options_are_all_named(tmp_path):

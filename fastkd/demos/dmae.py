@@ -29,6 +29,7 @@ from fastkd.train.config import ConfigError, problem
 from . import dmae_report, pictures
 from .evaluate import evaluate, features, knn_accuracy, pixel_scores
 from .pictures import ASSETS, Pictures
+from .report import MARKERS, around_markers
 from .results import Results
 from .training import Recipe, fit, masked_autoencoder, one_thread, seeded, statistics
 
@@ -108,6 +109,8 @@ class Config:
             wrong.append(problem("width", self.width, f"a multiple of 8 x --heads {self.heads}"))
         if self.device != "cpu" and not torch.cuda.is_available():
             wrong.append(problem("device", self.device, "cpu", "torch finds no GPU"))
+        if self.markdown and around_markers(self.markdown) is None:
+            wrong.append(problem("markdown", self.markdown, f"a file with the lines {' and '.join(MARKERS)}"))
         if wrong:
             raise ConfigError(wrong)
 
@@ -132,7 +135,7 @@ class Demo:
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.config = config
-        self.console = console or Console(soft_wrap=False)
+        self.console = console or Console(width=None if sys.stdout.isatty() else 100)
         self.ratios = config.ratios or ((0.75, 0.90, 0.95, 0.98) if config.full else (0.75, 0.95))
         self.seeds = config.seeds or (tuple(range(5)) if config.full else (0,))
         self.option_ratios = tuple(r for r in (0.75, 0.95) if config.full and r in self.ratios)

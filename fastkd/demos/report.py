@@ -58,9 +58,10 @@ class Table(NamedTuple):
         from rich import box
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        # Without padding, so that seven columns fit 80 characters; names may wrap, numbers may not.
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
+            table.add_column(column, justify="right" if index > 1 else "left", no_wrap=index != 1)
         for row in self.rows:
             if row:
                 table.add_row(*row)
@@ -80,13 +81,19 @@ COLORS = {"DMAE": "#1b6ca8", "MAE": "#d1782c"}
 LINES = {"untrained": dict(color="#8a8a8a", linestyle="--"), "teacher": dict(color="#303030", linestyle=":")}
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replaces what stands between the marker lines of a Markdown file; ValueError where they are missing."""
+def around_markers(path: Path) -> tuple[str, str] | None:
+    """What stands before and after the marker lines of a Markdown file; None without such a file or such lines."""
     begin, end = MARKERS
-    old = Path(path).read_text()
-    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise ValueError(f"markdown: {path} lacks the lines {begin} and {end}, expected one of each in this order")
-    before, after = old.split(begin)[0], old.split(end)[1]
+    text = Path(path).read_text() if Path(path).is_file() else ""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        return None
+    return text.split(begin)[0], text.split(end)[1]
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replaces what stands between the marker lines of a Markdown file that has them."""
+    begin, end = MARKERS
+    before, after = around_markers(path)
     Path(path).write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
