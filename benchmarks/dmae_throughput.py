@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--teacher", help="tiny, small, base, large or huge (default: large on a GPU, small on a CPU)")
     parser.add_argument("--student", help="the same names (default: base on a GPU, tiny on a CPU)")
-    parser.add_argument("--batch", type=int, help="images per step (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images per step (default: 128 on a GPU, 6 on a CPU)")
     parser.add_argument("--ratios", default="0.75,0.9,0.95,0.98", help="mask ratios")
     parser.add_argument("--dtypes", help="float32, bfloat16, float16 (default: bfloat16; on a CPU float32 too)")
     parser.add_argument("--modes", help="default: all in the first dtype; released and exact in the others")
@@ -78,7 +78,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     gpu, full = args.device == "cuda", args.full
     default = dict(
-        teacher=("small", "large"), student=("tiny", "base"), batch=(8, 128),
+        teacher=("small", "large"), student=("tiny", "base"), batch=(6, 128),
         rounds=(7 if full else 3, 15), repeat=(1, 3),
         compile=("whole" if full else "blocks", "whole"), compile_mode=("default", "max-autotune"),
         dtypes=("bfloat16,float32" if has_bf16_units(args.device) else "float32", "bfloat16"),
