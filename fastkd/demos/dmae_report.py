@@ -29,7 +29,7 @@ def write(demo: Demo) -> None:
         report.write_between_markers(demo.config.markdown, markdown)
     draw(demo)
     figures = ", ".join(str(path) for path in sorted(demo.out.glob("*.png")))
-    demo.console.print(f"Figures: {figures}", highlight=False)
+    demo.console.print(f"Figures: {figures}", highlight=False, soft_wrap=True)
 
 
 def main_table(demo: Demo) -> report.Table:
@@ -124,4 +124,5 @@ def keep_student(demo: Demo, student: MaskedAutoencoderViT, ratio: float) -> Non
     gap = (theirs - features(student, some)).abs().max().item()
     if gap > 1e-4:
         raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the student's")
-    demo.console.print(f"{path}: timm loads it strictly, features differ by {gap:.0e} at most", highlight=False)
+    said = f"{path}: timm loads it strictly, features differ by {gap:.0e} at most"
+    demo.console.print(said, highlight=False, soft_wrap=True)  # a path that is broken cannot be copied
