@@ -156,7 +156,9 @@ inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* 
 // and writes it to `out`, row-major without gaps.
 template <class A, class B, class T, class Finish>
 void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b, T* out, const Finish& finish) {
-  const int64_t rows = (m + 31) / 32, columns = (n + 31) / 32, tiles = (depth + 31) / 32, strip = tiles * kTile;
+  if (m == 0 || n == 0) return;
+  const int64_t rows = (m + 31) / 32, columns = (n + 31) / 32;
+  const int64_t tiles = std::max<int64_t>(1, (depth + 31) / 32), strip = tiles * kTile;  // a sum of nothing is 0
   Bits* const b = Scratch<1>(2 * columns * strip * sizeof(Bits)).template take<Bits>(2 * columns * strip);
   parallel(2 * columns, B::together, [&](int64_t begin, int64_t end) { pack(pack_b, begin, end, 0, tiles, true, b); });
   // Tasks of equal size: chunks of rows that fit L2, a multiple of the number of threads; columns are cut only where

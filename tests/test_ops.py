@@ -208,11 +208,12 @@ def test_double_backward_raises(spec):
         torch.autograd.grad(gradient.sum(), kwargs[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_op_backend
-def test_empty_batch(spec, name):
+def test_empty_batch(spec, name, dtype):
     """No image: an empty result and zero gradients, or (a mean of nothing) an error that names the op."""
     case = dict(next(iter(spec.cases.values())), batch=0)
-    kwargs = spec.build(case, torch.float32, device_of(name))
+    kwargs = spec.build(case, dtype, device_of(name))
     with backend(name):
         try:
             result = evaluate(spec, spec.function, kwargs)
