@@ -52,60 +52,35 @@ inline void load_pairs(const Matrix<T>& from, int64_t row, int64_t column, __m51
   for (int l = 0; l < 16; ++l) r[l] = _mm512_or_si512(line(2 * l), _mm512_slli_epi32(line(2 * l + 1), 16));
 }
 
-inline void store_tile(const __m512i (&r)[16], Bits* tile) {
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 32 * i, r[i]);
-}
+// How tile (i, l) of an operand is packed; i counts rows of A or columns of B, l the depth. Where the depth runs along
+// the rows of the matrix in memory, A takes them as they lie and B transposes them; where it runs across, the reverse.
+template <class T, bool FIRST, bool ALONG>
+struct Operand {
+  static constexpr int64_t together = ALONG ? 1 : 4;  // strips side by side: lines of memory are used whole
+  Matrix<T> from;
+  float* sums = nullptr;  // of the rows of A, to a multiple of 16, added up on the way (only where A is transposed)
 
-// Operands: how tile (i, l) of A or B is packed; i counts rows of A or columns of B, l the depth. `together`: strips
-// to pack side by side, so that a line of memory is used whole before the next.
-template <class T>
-struct Rows {  // A as it lies in memory
-  static constexpr int64_t together = 1;
-  Matrix<T> from;
-  void operator()(int64_t i, int64_t l, bool, Bits* tile) const {
-    __m512i r[16];
-    load_rows(from, i, l, r);
-    store_tile(r, tile);
-  }
-};
-template <class T>
-struct TransposedColumns {  // B = W^T of a matrix W in memory
-  static constexpr int64_t together = 1;
-  Matrix<T> from;
-  void operator()(int64_t i, int64_t l, bool, Bits* tile) const {
-    __m512i r[16];
-    load_rows(from, i, l, r);
-    transpose16(r);
-    store_tile(r, tile);
-  }
-};
-template <class T>
-struct Columns {  // B as it lies in memory
-  static constexpr int64_t together = 4;
-  Matrix<T> from;
-  void operator()(int64_t i, int64_t l, bool, Bits* tile) const {
-    __m512i r[16];
-    load_pairs(from, l, i, r);
-    store_tile(r, tile);
-  }
-};
-struct TransposedRows {  // A = G^T of a matrix G in memory; adds the sums of its rows on the way
-  static constexpr int64_t together = 4;
-  Matrix<BFloat16> from;
-  float* sums;  // [rows of A, to a multiple of 16], or null
   void operator()(int64_t i, int64_t l, bool first_time, Bits* tile) const {
     __m512i r[16];
-    load_pairs(from, l, i, r);
-    if (sums && first_time) {
+    if constexpr (ALONG) load_rows(from, i, l, r);
+    else load_pairs(from, l, i, r);
+    if (FIRST && !ALONG && sums && first_time) {
       __m512 sum = _mm512_loadu_ps(sums + i);
       const __m512i ones = _mm512_set1_epi16(0x3f80);
       for (int p = 0; p < 16; ++p) sum = _mm512_dpbf16_ps(sum, (__m512bh)r[p], (__m512bh)ones);
       _mm512_storeu_ps(sums + i, sum);
     }
-    transpose16(r);
-    store_tile(r, tile);
+    if constexpr (FIRST != ALONG) transpose16(r);
+    for (int k = 0; k < 16; ++k) _mm512_store_si512(tile + 32 * k, r[k]);
   }
 };
+template <class T>
+using Rows = Operand<T, true, true>;  // A is the matrix
+using TransposedRows = Operand<BFloat16, true, false>;  // A is its transpose
+template <class T>
+using Columns = Operand<T, false, false>;  // B is the matrix
+template <class T>
+using TransposedColumns = Operand<T, false, true>;  // B is its transpose
 
 // Packs strips [begin, end) of 16 rows of A or columns of B, the first of them strip `first` of the matrix.
 template <class Operand>
