@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
+import device_record  # noqa: E402
 import dmae_throughput  # noqa: E402
 import flops  # noqa: E402
 import gate  # noqa: E402
 import modes  # noqa: E402
 import report  # noqa: E402
+import step_profile  # noqa: E402
 from baselines import Recipe, eager, released  # noqa: E402
 
 TINY = Recipe("micro", "micro", image=32, patch=8, decoder_width=64, decoder_blocks=2, decoder_heads=2)
@@ -115,3 +117,42 @@ def test_gpu_suite_survives_a_failing_part_and_repeats_it(tmp_path):
     assert code == 0 and status["roofs"] == "ok" and status["build"].startswith("failed")
     roofs = [json.loads(line) for line in (tmp_path / "roofs.jsonl").read_text().splitlines()]
     assert {row["roof"] for row in roofs} == {"copy", "matmul"}
+
+
+def test_the_record_of_a_gpu_names_the_fastest_backend_that_is_right():
+    def check(backend: str, passed: bool) -> dict:
+        return dict(op="random_masking", backend=backend, device="a GPU", passed=passed)
+
+    def timing(backend: str, case: str, seconds: float) -> dict:
+        return dict(op="random_masking", backend=backend, case=case, dtype="bfloat16", seconds=seconds)
+
+    timings = [timing("triton", "a", 2.0), timing("cuda", "a", 1.0), timing("triton", "b", 0.1)]
+    checks = [check("triton", True), check("cuda", True), check("reference", True), dict(op="golden", passed=True)]
+    found = device_record.record(checks, timings)["random_masking"]
+    assert found == dict(device="a GPU", checked={"triton": "1 of 1", "cuda": "1 of 1"}, fastest="cuda")
+    wrong = device_record.record([*checks, check("cuda", False)], timings)["random_masking"]
+    assert wrong["checked"]["cuda"] == "1 of 2" and wrong["fastest"] == "triton"
+    assert device_record.record([], timings) == {}
+
+
+def test_step_profile_finds_the_kernels_of_a_step(tmp_path):
+    options = "--device cpu --tiny --batch 2 --ratio 0.75 --dtype float32 --top 100"
+    rows = step_profile.main([*options.split(), "--out", str(tmp_path)])
+    assert any("attention_backward" in row["kernel"] for row in rows)
+    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.1)
+    assert [row["microseconds"] for row in rows] == sorted((row["microseconds"] for row in rows), reverse=True)
+    assert (tmp_path / "step_profile_cpu_75.jsonl").exists()
+
+
+def test_counters_are_read_from_the_csv_of_nsight_compute():
+    header = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    kernel = "void ns::gemm<float, (int)3>(float *, int)"
+    lines = [
+        "==PROF== Connected", "printed by the program", header,
+        f'"0","{kernel}","gpu__time_duration.sum","ns","1,000"', f'"1","{kernel}","gpu__time_duration.sum","us","3"',
+        f'"0","{kernel}","launch__registers_per_thread","register/thread","168"',
+    ]  # fmt: skip
+    assert step_profile.read_counters("\n".join(lines)) == {"gemm": {"microseconds": 2.0, "registers": 168.0}}
+    assert step_profile.read_counters("no table") == {}
+    assert step_profile.function_name("void a::b<c::d<1>, (e)2>(f<3>, g)") == "b"
+    assert step_profile.function_name("_forward_kernel") == "_forward_kernel"

@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -75,6 +77,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@functools.cache
+def device_record() -> dict[str, dict]:
+    """What was measured on a GPU, by kernel: device, checks passed by backend, fastest backend; often nothing."""
+    path = Path(__file__).with_name("device_record.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 class Kernel:
     """One step of an op (its forward or its backward) with all its implementations.
 
@@ -84,7 +93,7 @@ class Kernel:
         cpp: Python launcher around several native functions; by default the native function of that name.
         triton: ``"module:function"``, imported on first use.
         cuda: whether ``csrc/*.cu`` holds this kernel.
-        cuda_order: automatic order on CUDA tensors, the fastest measured first.
+        cuda_order: automatic order on CUDA tensors, behind the fastest backend in `device_record`.
     """
 
     all: dict[str, Kernel] = {}
@@ -121,7 +130,10 @@ class Kernel:
 
     def order(self, device: str) -> tuple[str, ...]:
         """Backends in the order in which the automatic choice tries them."""
-        return self._cuda_order if device == "cuda" else ("cpp", "reference")
+        if device != "cuda":
+            return ("cpp", "reference")
+        fastest = device_record().get(self.name, {}).get("fastest")
+        return self._cuda_order if fastest is None else tuple(dict.fromkeys((fastest, *self._cuda_order)))
 
     def pick(self, device: str, dtype: torch.dtype) -> str:
         """Name of the backend that runs for tensors of this device type and dtype."""
