@@ -20,6 +20,7 @@ from pathlib import Path
 
 import common
 import device_record
+import floors
 import ops_page
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
@@ -181,6 +182,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "dmae_cpu_stages": if_measured(stage_table),
     "gpu": gpu_table,
     "demo": demo_table,
+    "floors": floors.floor_table,
+    "scale": floors.scale_table,
 }
 
 

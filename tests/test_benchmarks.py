@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 import device_record  # noqa: E402
 import dmae_throughput  # noqa: E402
+import floors  # noqa: E402
 import flops  # noqa: E402
 import gate  # noqa: E402
 import modes  # noqa: E402
@@ -32,6 +33,22 @@ ARGUMENTS = "--device cpu --teacher micro --student micro --image 32 --patch 8 -
 def test_flops_of_the_published_step(ratio, published):
     counted = sum(flops.step(Recipe("large", "base"), "released", ratio, batch=128).values())
     assert counted / 1e9 == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("ratio, counted", [(0.75, 226.5), (0.9, 161.5), (0.95, 140.5), (0.98, 127.5)])
+def test_bytes_of_the_fused_step(ratio, counted):
+    """Against a count made op by op, parameters left out."""
+    assert sum(floors.activation_bytes(Recipe("large", "base"), ratio).values()) / 1e6 == pytest.approx(
+        counted, rel=0.02
+    )
+
+
+def test_floor_counts_the_parameters_of_the_model():
+    base = released.DMAE(TINY)
+    trained = sum(p.numel() for p in base.trained().values() if p.ndim > 1 and p.shape[0] > 1)
+    assert floors.parameters(TINY)[0] == trained
+    floor = floors.Floor.of(TINY, 0.75, batch=4)
+    assert floor.seconds(1e9, 1e9) == pytest.approx((floor.flops + floor.bytes) / 1e9)
 
 
 @pytest.mark.parametrize(
