@@ -38,7 +38,7 @@ def take(loader: ImageLoader, count: int) -> list:
 def assert_same(ours, theirs) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
-        assert torch.equal(a.images, b.images) and torch.equal(a.noise, b.noise) and torch.equal(a.indices, b.indices)
+        assert torch.equal(a.images, b.images) and torch.equal(a.keys, b.keys) and torch.equal(a.indices, b.indices)
 
 
 def test_folder_lists_images_at_any_depth_with_first_level_classes(tmp_path):
@@ -66,13 +66,13 @@ def test_folder_errors_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(pictures, workers):
-    options = dict(size=SIZE, batch_size=4, num_patches=10, seed=5)
+    options = dict(size=SIZE, batch_size=4, seed=5)
     assert_same(take(ImageLoader(pictures, workers=workers, **options), 8), take(ImageLoader(pictures, **options), 8))
 
 
 @pytest.mark.parametrize("done", [2, 3, 7])  # inside, at the end of, and after two epochs of three batches
 def test_resumed_loader_continues_with_the_same_batches(pictures, done):
-    options = dict(size=SIZE, batch_size=4, num_patches=10)
+    options = dict(size=SIZE, batch_size=4)
     whole = take(ImageLoader(pictures, **options), done + 4)
     first = ImageLoader(pictures, workers=2, **options)  # prefetches beyond what is consumed
     take(first, done)
@@ -83,11 +83,11 @@ def test_resumed_loader_continues_with_the_same_batches(pictures, done):
 
 
 def test_ranks_share_the_batch_of_one_process(pictures):
-    whole = take(ImageLoader(pictures, SIZE, 4, num_patches=10), 5)
-    halves = [take(ImageLoader(pictures, SIZE, 2, num_patches=10, rank=r, world_size=2), 5) for r in range(2)]
+    whole = take(ImageLoader(pictures, SIZE, 4), 5)
+    halves = [take(ImageLoader(pictures, SIZE, 2, rank=r, world_size=2), 5) for r in range(2)]
     for one, first, second in zip(whole, *halves):
         assert torch.equal(one.images, torch.cat([first.images, second.images]))
-        assert torch.equal(one.noise, torch.cat([first.noise, second.noise]))
+        assert torch.equal(one.keys, torch.cat([first.keys, second.keys]))
 
 
 def test_resume_refuses_what_would_change_the_batches(pictures):
@@ -114,11 +114,11 @@ def test_epochs_visit_every_image_once_in_another_order_with_other_crops(picture
 def test_small_folder_is_repeated_with_other_crops_and_masks(tmp_path, caplog):
     write_pictures(tmp_path, count=3)
     with caplog.at_level(logging.WARNING, "fastkd"):
-        (batch,) = take(ImageLoader(tmp_path, SIZE, 8, num_patches=6), 1)
+        (batch,) = take(ImageLoader(tmp_path, SIZE, 8), 1)
     assert "3 images, fewer than one batch of 8" in caplog.text
     assert sorted(batch.indices.bincount().tolist()) == [2, 3, 3]
     same = (batch.indices == batch.indices[0]).nonzero().flatten()
-    assert not torch.equal(*batch.images[same[:2]]) and not torch.equal(*batch.noise[same[:2]])
+    assert not torch.equal(*batch.images[same[:2]]) and not torch.equal(*batch.keys[same[:2]])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -149,7 +149,7 @@ def test_a_folder_of_broken_files_ends_with_an_error(tmp_path, workers):
 def test_loader_leaves_the_global_random_state_alone_and_measures_waiting(pictures):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    loader = ImageLoader(pictures, SIZE, 4, workers=1, num_patches=4)
+    loader = ImageLoader(pictures, SIZE, 4, workers=1)
     batches = take(loader, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert loader.wait_seconds > 0

@@ -121,13 +121,15 @@ class DMAE(nn.Module):
             self.teacher._apply(fn, recurse)
         return self
 
-    def forward(self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, keys: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
             imgs: uint8 [B, H, W, C], or floating [B, C, H, W] normalised with the student's mean and std.
             mask_ratio: share of masked patches.
-            noise: optional [B, L] that fixes the mask.
+            noise, keys: optional [B, L] or [B] int64 that fix the masks, see `fastkd.ops.random_masking`.
 
         Returns:
             loss, pixel_loss, align_loss: float32 scalars;
@@ -135,7 +137,7 @@ class DMAE(nn.Module):
             reconstruction); mask [B, L], 1 = masked.
         """
         batch, device = imgs.shape[0], imgs.device
-        masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, device=device)
+        masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, keys=keys, device=device)
         with record_function("fastkd.teacher"):
             targets = self._teacher_features(imgs, masking.ids_keep)
         with record_function("fastkd.student"):

@@ -134,7 +134,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if _native.cpu_features() & {"avx512_bf16", "amx_bf16"} else "off"
 
 
-def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple[ImageLoader, DistillConfig]:
+def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, DistillConfig]:
     """The training images, and the config with length and learning rate in numbers."""
     try:
         folder = ImageFolder(config.data)
@@ -146,7 +146,6 @@ def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple
         config.img_size,
         config.batch_size,
         channels=config.in_chans,
-        num_patches=method.student.num_patches,
         seed=config.seed,
         workers=choose_workers(config.workers, on_gpu, group.world_size),
         rank=group.rank,

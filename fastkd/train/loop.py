@@ -69,7 +69,7 @@ def _train(config: DistillConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
     source, given = checkpoint_to_resume(config, run), config.as_dict()
     method, config = build(config, device)
-    loader, config = build_loader(config, method, group)
+    loader, config = build_loader(config, group)
     if source is not None and config.resume == "auto":
         check_same_run(config, given, run)
     optimizer = adamw(method, config.lr, config.weight_decay, config.betas)
@@ -116,7 +116,7 @@ def _train(config: DistillConfig, group: Processes) -> Result:
                 batch = next(batches).to(device)
                 with group.synchronise(model, micro == config.accumulate - 1):
                     with torch.autocast(device.type, amp, enabled=amp is not None):
-                        result = model(batch.images, config.mask_ratio, batch.noise)
+                        result = model(batch.images, config.mask_ratio, keys=batch.keys)
                     scaler.scale(result["loss"] / config.accumulate).backward()
                 history[filled] += torch.stack([result[name].detach().float() for name in LOSSES]) / config.accumulate
             scaler.step(optimizer)
