@@ -7,6 +7,7 @@ point of resuming changes a batch, and ranks that share a global batch see exact
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .folder import ImageFolder
+from .prefetch import on_device
 from .transforms import random_resized_crop
 
 logger = logging.getLogger("fastkd")
@@ -69,7 +71,7 @@ class ImageLoader:
         seed: fixes everything.
         workers: decoding processes; 0 decodes in this process.
         rank, world_size: this process among those that share a global batch.
-        pin_memory: page-locked batches, for non-blocking copies to a GPU.
+        device: where images and keys are wanted; batches for a GPU are copied two ahead (see `on_device`).
         augmentation: keyword arguments of `random_resized_crop` (scale, ratio, flip).
 
     Attributes:
@@ -89,7 +91,7 @@ class ImageLoader:
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
         **augmentation,
     ) -> None:
         folder = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
@@ -99,6 +101,7 @@ class ImageLoader:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
         self.folder = folder
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.device = torch.device(device)
         self.global_batch = batch_size * world_size
         self.batches_per_epoch = max(1, len(folder) // self.global_batch)
         self._views = _Views(folder, size, channels, seed, augmentation)
@@ -107,7 +110,7 @@ class ImageLoader:
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # leaves the global generator alone
         )
@@ -133,13 +136,19 @@ class ImageLoader:
                 "another crop and mask (a smaller batch size avoids this)",
                 self.folder.root, len(self.folder), self.global_batch,
             )  # fmt: skip
+        with contextlib.closing(on_device(self._loaded(), self.device)) as batches:
+            for batch in batches:
+                self._position += 1
+                self._report(batch)
+                yield batch
+
+    def _loaded(self) -> Iterator[Batch]:
+        """Batches on the CPU; the time that they keep this process waiting counts."""
         batches = iter(DataLoader(self._views, sampler=self._keys(self._position), **self._options))
         while True:
             start = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - start
-            self._position += 1
-            self._report(batch)
             yield batch
 
     def _keys(self, position: int) -> Iterator[list[tuple[int, int, int]]]:
