@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from fastkd.data import (
     open_image,
     random_resized_crop,
 )
+from fastkd.data.prefetch import on_device
 from fastkd.data.transforms import random_box
 
 SIZE = (16, 20)
@@ -272,3 +275,60 @@ next(batches)
 kept = lambda: kept, batches  # a cycle: nothing ends the iterator before the interpreter
 """
     assert run_python("-c", code, pictures).returncode == 0
+
+
+def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
+    """Order and synchronisation of the copies, with streams that write down what is asked of them."""
+    log = []
+
+    class Tensor:
+        def __init__(self, number):
+            self.number = number
+
+        def record_stream(self, stream):
+            log.append(("kept for", stream.name, self.number))
+
+    class Stream:
+        def __init__(self, device=None, name="copies"):
+            self.name = name
+
+        def record_event(self):
+            return log[-1][1]
+
+        def wait_event(self, event):
+            log.append(("waited for", event))
+
+    class OnHost(NamedTuple):
+        images: int
+        keys: int
+
+        def to(self, device):
+            assert device.type == "cuda" and inside == ["copies"]
+            log.append(("copied", self.images))
+            return OnHost(Tensor(self.images), Tensor(self.keys))
+
+    inside = []
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        inside.append(chosen.name)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name="main"))
+    for batch in on_device((OnHost(i, i) for i in range(3)), "cuda"):
+        log.append(("used", batch.images.number))
+    kept = [[("kept for", "main", i)] * 2 for i in range(3)]
+    assert log == [
+        ("copied", 0), ("copied", 1), ("waited for", 0), *kept[0], ("used", 0),
+        ("copied", 2), ("waited for", 1), *kept[1], ("used", 1),
+        ("waited for", 2), *kept[2], ("used", 2),
+    ]  # fmt: skip
+
+
+def test_on_a_cpu_batches_are_not_taken_ahead():
+    taken = []
+    batches = on_device((taken.append(i) or i for i in range(3)), "cpu")
+    assert next(batches) == 0 and taken == [0]
