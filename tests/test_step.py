@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import types
@@ -14,7 +15,7 @@ from rehearsed import Rehearsed
 from tiny_run import SHAPE, tiny_config
 
 from fastkd.data import Batch
-from fastkd.methods import DMAE
+from fastkd.methods import DMAE, dmae
 from fastkd.models import MaskedAutoencoderViT, Teacher
 from fastkd.ops.masked.random_masking import num_visible, uniforms
 from fastkd.train import ConfigError, CudaGraphs, TrainingStep, adamw, distill, lr_at, set_lr, step
@@ -126,6 +127,43 @@ def test_a_failing_capture_is_reported_once_and_training_goes_on(accumulate, amp
     assert "ZeroDivisionError" in caplog.text and "--no-cuda-graph" in caplog.text
     assert got[2].graphs is None
     assert_equal(got, train(batches, None, accumulate, amp))
+
+
+def test_the_teacher_runs_beside_the_student(monkeypatch):
+    """With streams that write down what is asked of them: forked before the teacher, joined before the alignment."""
+    log = []
+
+    class Stream:
+        device = torch.device(DEVICE)
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}")
+        yield
+        log.append("on main")
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(dmae, "_side_stream", lambda device: side)
+    for owner, name in ((DMAE, "_teacher_features"), (MaskedAutoencoderViT, "forward"), (DMAE, "_align")):
+        original = getattr(owner, name)
+
+        def noted(self, *args, original=original, name=name, **kwargs):
+            log.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+    model, (batch,) = make_model(), make_batches(1)
+    model(batch.images, RATIO, keys=batch.keys)
+    fork = ["side waits for main", "on side", "_teacher_features", "on main"]
+    assert log == [*fork, "forward", "main waits for side", "_align"]
 
 
 def test_batches_of_another_shape_are_refused():
