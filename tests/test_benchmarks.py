@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rehearsed import Rehearsed
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,23 @@ def test_gate_passes_the_right_step_and_stops_a_wrong_one():
     chosen[2].run.model.alpha = 0.99
     with pytest.raises(SystemExit, match="exact float32 at 75% is NOT the published step"):
         gate.gate(chosen, base, batch, 0.75, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gate_reads_losses_and_gradients_of_the_replayed_step(dtype):
+    torch.manual_seed(0)
+    base, batch = released.DMAE(TINY), modes.Batch.random(TINY, 4)
+    chosen = [modes.Mode(name, dtype, base, "cpu") for name in ("released", "exact")]
+    exact = chosen[1].run
+    exact.graphs = Rehearsed
+    for ratio in (0.75, 0.5):
+        assert gate.gate(chosen, base, batch, ratio, "cpu")[f"exact {dtype}"]["peak_bytes"] > 0
+        assert exact._step.graphs.captured == 1 and exact._step.mask_ratio == ratio
+    replay = exact._step._replays[True, True]
+    exact._step._replays[True, True] = lambda: (exact._step._inputs[1].add_(1), replay())  # other masks
+    exact._step.WARM_UP = 0
+    with pytest.raises(SystemExit, match=f"exact {dtype} at 50% is NOT the published step"):
+        gate.gate(chosen, base, batch, 0.5, "cpu")
 
 
 def test_rows_and_tables(tmp_path, monkeypatch):
