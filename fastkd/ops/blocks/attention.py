@@ -65,8 +65,9 @@ def _fill_backward(
     grad_key_value.copy_(torch.cat([t.transpose(1, 2).flatten(2) for t in gradients], -1))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.blocks.attention_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 def _split(packed: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
