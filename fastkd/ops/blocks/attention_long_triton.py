@@ -1,4 +1,4 @@
-"""Backward of `attention` for more than 64 keys: queries and keys in blocks, scores never in memory.
+"""Backward of `attention` for more keys than a tile has: queries and keys in blocks, scores never in memory.
 
 One kernel per block of queries goes over the keys twice: the first round sums p and p dP, which gives the exact row sum
 and the delta of backward (8 bytes a row and head, kept), the second adds up dQ. Another kernel per block of keys goes
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_triton import KEYS, LOG2E, _load, _places, _scores, _store, tiles
+from .attention_triton import LOG2E, _load, _places, _scores, _store, warps
 
 
 @triton.jit
@@ -83,21 +83,20 @@ def _grad_key_value_kernel(grad_out, q, key_value, shifts, deltas, grad_kv, head
     _store(grad_kv + b * gkv_b + value_at, gkv_t, head_k, token_k, heads, keys, grad_value, DIM, BLOCK)
 
 
-def backward(grad_out, q, key_value, lse, num_heads: int, grad_q: Tensor, grad_key_value: Tensor) -> None:
-    """Fills grad_q [B, Tq, D] and grad_key_value [B, T, 2 D]; all have unit stride in their channels."""
+def backward(grad_out, q, key_value, lse, num_heads: int, grad_q: Tensor, grad_key_value: Tensor, tile: dict) -> None:
+    """Fills grad_q [B, Tq, D] and grad_key_value [B, T, 2 D] in tiles of the given sizes; unit strides in channels."""
     batch, queries, keys = *q.shape[:2], key_value.shape[1]
-    options = tiles(queries, keys, q.shape[2] // num_heads)
-    del options["TOKENS"], options["KEY_TOKENS"]
-    options |= dict(num_warps=4, num_stages=2)
     shifts, deltas = torch.empty_like(lse), torch.empty_like(lse)
-    sizes, scale = (num_heads, queries, keys), 1 / math.sqrt(options["DIM"])
+    sizes, scale = (num_heads, queries, keys), 1 / math.sqrt(tile["DIM"])
+    options = {name: value for name, value in tile.items() if name not in ("TOKENS", "KEY_TOKENS")}
+    options |= dict(num_warps=warps(q.dtype, tile))
     read = [s for t in (grad_out, q, key_value) for s in t.stride()[:2]]
-    blocks = triton.cdiv(queries, options["ROWS"])
+    blocks = triton.cdiv(queries, tile["ROWS"])
     _grad_query_kernel[(batch * num_heads * blocks,)](
         grad_out, q, key_value, lse, shifts, deltas, grad_q, *sizes, blocks, scale, *read, *grad_q.stride()[:2],
         **options,
     )  # fmt: skip
-    blocks = triton.cdiv(keys, KEYS)
+    blocks = triton.cdiv(keys, tile["COLUMNS"])
     _grad_key_value_kernel[(batch * num_heads * blocks,)](
         grad_out, q, key_value, shifts, deltas, grad_key_value, *sizes, blocks, scale, *read,
         *grad_key_value.stride()[:2], **options,

@@ -1,10 +1,10 @@
 """Triton kernels of `attention`: a head's keys and values in registers, read in place from the projections.
 
-Up to 64 keys a program does all of one head: forward reads q, k, v once and writes the result, backward reads q, k, v
-and the upstream gradient once and writes their gradients; per token 8 D bytes forward and 14 D backward in 16 bit, plus
-4 bytes a head for the log-sum-exp. Of sequences of at most 8 tokens several heads share the 16 rows of a matrix
-instruction: a score between two heads is masked. More than 64 keys are taken block by block, forward with a running
-maximum, backward in two kernels (`attention_long_triton`).
+Up to 64 keys (16 in float32) a program does all of one head: forward reads q, k, v once and writes the result,
+backward reads q, k, v and the upstream gradient once and writes their gradients; per token 8 D bytes forward and 14 D
+backward in 16 bit, plus 4 bytes a head for the log-sum-exp. Of sequences of at most 8 tokens several heads share the
+16 rows of a matrix instruction: a score between two heads is masked. More keys are taken block by block, forward with a
+running maximum, backward in two kernels (`attention_long_triton`).
 
 Scores are in units of log 2. Products take 16-bit operands and sum in float32; float32 operands are multiplied as
 they are, without TF32.
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import triton_interpreted
 
-KEYS = 64  # most keys and queries at a time
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 
@@ -126,48 +126,56 @@ def _backward_kernel(grad_out, q, key_value, lse, grad_q, grad_kv, heads, querie
     _store(grad_kv + b * gkv_b + value_at, gkv_t, head_k, token_k, heads, keys, grad_value, DIM, BLOCK)
 
 
-def tiles(queries: int, keys: int, dim: int) -> dict:
-    """Sizes of the tiles of a program, and warps for them."""
+def tiles(q: Tensor, keys: int, num_heads: int) -> dict:
+    """Sizes of the tiles of a program."""
+    queries, dim = q.shape[1], q.shape[2] // num_heads
+    # float32 products run on the FMA units, and hold all of their operands in registers.
+    most = 16 if q.dtype == torch.float32 else 64
+    rows, columns = (min(max(triton.next_power_of_2(n), 16), most) for n in (queries, keys))
     # Several heads a tile where 16 rows, the height of a matrix instruction, hold more than one.
     packed = triton.next_power_of_2(max(queries, keys))
-    rows, columns = (min(max(triton.next_power_of_2(n), 16), KEYS) for n in (queries, keys))
     tokens, key_tokens = (packed, packed) if packed <= 8 else (rows, columns)
+    # One stage: loops have a few rounds at most, and buffers ahead would cost registers and shared memory of programs
+    # whose loads overlap as well.
     return dict(
         ROWS=rows, COLUMNS=columns, TOKENS=tokens, KEY_TOKENS=key_tokens, DIM=dim,
-        BLOCK=max(triton.next_power_of_2(dim), 16), WIDE=triton_interpreted(), enable_fp_fusion=True,
+        BLOCK=max(triton.next_power_of_2(dim), 16), WIDE=triton_interpreted(), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _options(q: Tensor, keys: int, num_heads: int) -> tuple[dict, int]:
-    # A warp holds 16 rows of a tile: few registers each, so that many programs, and their loads, are in flight.
-    options = tiles(q.shape[1], keys, q.shape[2] // num_heads)
-    warps = max(options["ROWS"], options["COLUMNS"]) // 16
-    groups = triton.cdiv(num_heads, options["ROWS"] // options["TOKENS"])
-    # Nothing to overlap in a loop of one round, whose buffers would cost shared memory.
-    return options | dict(num_warps=warps, num_stages=1 if keys <= KEYS else 2), q.shape[0] * groups
+def warps(dtype: torch.dtype, tile: dict) -> int:
+    """Warps of a program: none spills, and several programs share a multiprocessor."""
+    if dtype == torch.float32:
+        return 4  # a thread has one number of the scores, or two
+    rows = max(tile["ROWS"], tile["COLUMNS"])
+    return 1 if rows == 16 else rows // 8  # 16 rows are one instruction's; of more, two warps share them
 
 
 def forward(q: Tensor, key_value: Tensor, num_heads: int, out: Tensor, lse: Tensor) -> None:
     """Fills out [B, Tq, D] and lse [B, H, Tq]; q [B, Tq, D] and key_value [B, T, 2 D] have unit stride in D."""
-    queries, keys = q.shape[1], key_value.shape[1]
-    options, programs = _options(q, keys, num_heads)
-    blocks = triton.cdiv(queries, options["TOKENS"])
-    _forward_kernel[(programs * blocks,)](
-        q, key_value, out, lse, num_heads, queries, keys, blocks, 1 / math.sqrt(options["DIM"]), *q.stride()[:2],
-        *key_value.stride()[:2], *out.stride()[:2], **options,
+    batch, queries, keys = *q.shape[:2], key_value.shape[1]
+    tile = tiles(q, keys, num_heads)
+    groups, blocks = triton.cdiv(num_heads, tile["ROWS"] // tile["TOKENS"]), triton.cdiv(queries, tile["TOKENS"])
+    _forward_kernel[(batch * groups * blocks,)](
+        q, key_value, out, lse, num_heads, queries, keys, blocks, 1 / math.sqrt(tile["DIM"]), *q.stride()[:2],
+        *key_value.stride()[:2], *out.stride()[:2], **tile,
+        num_warps=warps(q.dtype, tile),
     )  # fmt: skip
 
 
 def backward(grad_out, q, key_value, lse, num_heads: int, grad_q: Tensor, grad_key_value: Tensor) -> None:
     """Fills grad_q like q and grad_key_value like key_value; all have unit stride in their channels."""
-    queries, keys = q.shape[1], key_value.shape[1]
-    if keys > KEYS:
+    batch, queries, keys = *q.shape[:2], key_value.shape[1]
+    tile = tiles(q, keys, num_heads)
+    # Beside 64 keys no more than 32 rows: what a program holds of 64 would not fit its registers everywhere.
+    tile["ROWS"], tile["TOKENS"] = min(tile["ROWS"], 32), min(tile["TOKENS"], 32)
+    if keys > tile["KEY_TOKENS"]:
         from .attention_long_triton import backward as long_backward
 
-        return long_backward(grad_out, q, key_value, lse, num_heads, grad_q, grad_key_value)
-    options, programs = _options(q, keys, num_heads)
+        return long_backward(grad_out, q, key_value, lse, num_heads, grad_q, grad_key_value, tile)
+    groups = triton.cdiv(num_heads, tile["ROWS"] // tile["TOKENS"])
     strides = (s for t in (grad_out, q, key_value, grad_q, grad_key_value) for s in t.stride()[:2])
-    _backward_kernel[(programs,)](
-        grad_out, q, key_value, lse, grad_q, grad_key_value, num_heads, queries, keys, 1 / math.sqrt(options["DIM"]),
-        *strides, **options,
+    _backward_kernel[(batch * groups,)](
+        grad_out, q, key_value, lse, grad_q, grad_key_value, num_heads, queries, keys, 1 / math.sqrt(tile["DIM"]),
+        *strides, **tile, num_warps=warps(q.dtype, tile),
     )  # fmt: skip
