@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import sums_triton
 from .linear import outer
-from .sums_triton import _partials_kernel, _reduce_kernel  # noqa: F401  (what is compiled for this op)
 
 
 def grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:

@@ -215,6 +215,7 @@ SPEC = register(
             "mixed": dict(batch=2, tokens=7, dim=64, mixed=True),
             "no_delta": dict(batch=2, tokens=5, dim=32, delta=False),
             "odd": dict(batch=3, tokens=1, dim=37, strided=True),
+            "wide": dict(batch=1, tokens=3, dim=2100, mixed=True),
             "many_rows": dict(batch=5, tokens=67, dim=16, strided=True, mixed=True),
         },
         space=dict(
@@ -224,6 +225,7 @@ SPEC = register(
         bench={
             "decoder": dict(batch=16, tokens=197, dim=512, mixed=True),
             "encoder": dict(batch=128, tokens=50, dim=768, mixed=True),
+            "encoder_90": dict(batch=128, tokens=20, dim=1024, mixed=True),
         },
         bytes_moved=lambda k: 5 * tensor_bytes(k["x"]) + 4 * tensor_bytes(k["delta"]),
         flops=lambda k: 24 * k["x"].numel(),
