@@ -15,7 +15,25 @@ struct PatchShape {
         columns(images.size(3) / patch[1]),
         count(columns * (images.size(2) / patch[0])) {}
   int64_t pixels() const { return channels * height * width; }
+  void check(int64_t patch) const {
+    STD_TORCH_CHECK(patch >= 0 && patch < count, "fastkd: patch id ", patch, " outside [0, ", count, ")");
+  }
 };
+
+// t <- (t - mean) / sqrt(variance + eps), with the unbiased variance.
+template <class A>
+inline void normalise_patch(A* t, int64_t n, A eps) {
+  // From the first pixel on: the mean of a flat patch is exact, and nothing is left to divide by sqrt(eps).
+  const A first = t[0];
+  A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += t[i] - first;
+  const A mean = first + sum / n;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; ++i) square += (t[i] - mean) * (t[i] - mean);
+  const A scale = A(1) / std::sqrt(square / (n - 1) + eps);
+  for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - mean) * scale;
+}
 
 template <class Pixel, class A>
 class PatchReader {
@@ -83,7 +101,7 @@ class PatchReader {
   }
 
   const Pixel* at(int64_t image, int64_t patch) const {
-    STD_TORCH_CHECK(patch >= 0 && patch < shape_.count, "fastkd: patch id ", patch, " outside [0, ", shape_.count, ")");
+    shape_.check(patch);
     return base_ + image * sb_ + (patch / shape_.columns) * shape_.height * sh_ +
            (patch % shape_.columns) * shape_.width * sw_;
   }

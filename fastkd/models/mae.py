@@ -79,10 +79,19 @@ class MaskedAutoencoderViT(VisionTransformer):
         table = resize_table(self.decoder_pos_embed, self.grid, grid, self.num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
 
-    def decode(
+    def decode(self, tokens: Tensor, ids: Tensor, **options) -> Tensor:
+        """Predicts the pixels of masked patches: `decoder_pred` of `decode_features`, same arguments.
+
+        Returns:
+            [B, K - n, p * p * C] predictions of ``ids[:, n:]``, pixel order (row, column, channel); [B, K, ...] of
+            ``ids`` with predict_visible.
+        """
+        return self.decoder_pred(self.decode_features(tokens, ids, **options))
+
+    def decode_features(
         self, tokens: Tensor, ids: Tensor, *, predict_visible: bool = False, share_first_block: bool | None = None
     ) -> Tensor:
-        """Predicts the pixels of masked patches from the encoder's final tokens.
+        """The decoder's final tokens, after the norm, from the encoder's.
 
         Args:
             tokens: [B, P + n, D] after the final norm.
@@ -92,8 +101,7 @@ class MaskedAutoencoderViT(VisionTransformer):
                 default: where that is less work.
 
         Returns:
-            [B, K - n, p * p * C] predictions of ``ids[:, n:]``, pixel order (row, column, channel); [B, K, ...] of
-            ``ids`` with predict_visible.
+            [B, K - n, Dd] tokens that `decoder_pred` predicts ``ids[:, n:]`` from; [B, K, Dd] with predict_visible.
         """
         visible = tokens.shape[1]
         tokens = self.decoder_embed(tokens)
@@ -113,7 +121,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             else:
                 x, delta = block(x, delta, first_query=first if last else 0)
         x = x if self.decoder_blocks else x[:, first:]
-        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
+        return layer_norm(self.decoder_norm, x, delta)[1]
 
     def _shared_qkv(self, block: Block, visible: Tensor, ids: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
@@ -126,7 +134,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         delta = None
         for block in self.decoder_blocks:
             x, delta = block.cross(x, delta, visible)
-        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
+        return layer_norm(self.decoder_norm, x, delta)[1]
 
 
 def mae_vit(

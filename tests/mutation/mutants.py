@@ -125,8 +125,8 @@ TRITON = [
 NATIVE = [
     Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
            unpinned("ties and cpp")),
-    Mutant("C++ pixel loss: biased variance", f"csrc/{PIXEL}.cpp", "std::sqrt(square / (n - 1) + A(eps))",
-           "std::sqrt(square / n + A(eps))", golden("pixel", "cpp")),
+    Mutant("C++ pixel loss: biased variance", "csrc/pixels.h", "std::sqrt(square / (n - 1) + eps)",
+           "std::sqrt(square / n + eps)", golden("pixel", "cpp")),
     Mutant("C++ pixel loss: writes one element too many", f"csrc/{PIXEL}.cpp", "std::fill_n(out + row * n, n, T(0));",
            "std::fill_n(out + row * n, n + 1, T(0));",
            ("test_fuzz.py", "-k", f"test_fuzz and {PIXEL} and cpp")),
