@@ -183,8 +183,9 @@ class DMAE(nn.Module):
         with record_function("fastkd.pixel_loss"):
             statistics = dict(mean=student.mean, std=student.std) if imgs.dtype == torch.uint8 else {}
             loss = ops.linear_pixel_loss(
-                features, head.weight, head.bias, imgs, ids_pred, student.patch_size, student.norm_pix_loss, **statistics
-            )
+                features, head.weight, head.bias, imgs, ids_pred,
+                student.patch_size, student.norm_pix_loss, **statistics,
+            )  # fmt: skip
         return loss, {"pred": head(features), "ids_pred": ids_pred} if return_pred else {}
 
     def _align(self, head: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
