@@ -60,33 +60,6 @@ namespace {
 template <class Pixel>
 class PatchWindows {
  public:
-  PatchWindows(const Tensor& images, const Tensor& affine, const PatchShape& shape)
-      : pixels_(shape.pixels()), windows_(round_up(pixels_, 32) / 16) {
-    const int64_t sc = images.stride(1), sh = images.stride(2), sw = images.stride(3), channels = shape.channels;
-    const float* values = data<float>(affine);
-    for (int64_t i = 0; i < pixels_; ++i) {
-      const int64_t c = i % channels, x = i / channels % shape.width, y = i / (channels * shape.width);
-      const int64_t offset = y * sh + x * sw + c * sc;
-      FASTKD_CHECK(offset < int64_t{1} << 29, "linear_pixel_loss", "a patch spans too much memory");
-      Window& w = windows_[i / 16];
-      const int64_t lane = i % 16;
-      w.offset[lane] = static_cast<int32_t>(offset);
-      w.scale[lane] = values[c];
-      w.shift[lane] = values[channels + c];
-    }
-    for (int64_t k = 0; k < static_cast<int64_t>(windows_.size()); ++k) windows_[k].find_runs(pixels_ - 16 * k);
-  }
-
-  int64_t count() const { return (pixels_ + 15) / 16; }
-  __mmask16 lanes(int64_t k) const { return amx::first16(pixels_ - 16 * k); }
-
-  // Values 16 k and on of the patch at `corner`, times scale plus shift; lanes beyond the patch are 0.
-  __m512 read(const Pixel* corner, int64_t k) const {
-    const Window& w = windows_[k];
-    return _mm512_fmadd_ps(load(corner, w), _mm512_load_ps(w.scale), _mm512_load_ps(w.shift));
-  }
-
- private:
   struct alignas(64) Window {
     float scale[16] = {}, shift[16] = {};
     int32_t offset[16] = {};          // elements from the patch's corner
@@ -112,6 +85,35 @@ class PatchWindows {
     }
   };
 
+  PatchWindows(const Tensor& images, const Tensor& affine, const PatchShape& shape)
+      : pixels_(shape.pixels()), windows_(round_up(pixels_, 32) / 16) {
+    const int64_t sc = images.stride(1), sh = images.stride(2), sw = images.stride(3), channels = shape.channels;
+    const float* values = data<float>(affine);
+    for (int64_t i = 0; i < pixels_; ++i) {
+      const int64_t c = i % channels, x = i / channels % shape.width, y = i / (channels * shape.width);
+      const int64_t offset = y * sh + x * sw + c * sc;
+      FASTKD_CHECK(offset < int64_t{1} << 29, "linear_pixel_loss", "a patch spans too much memory");
+      Window& w = windows_[i / 16];
+      const int64_t lane = i % 16;
+      w.offset[lane] = static_cast<int32_t>(offset);
+      w.scale[lane] = values[c];
+      w.shift[lane] = values[channels + c];
+    }
+    for (int64_t k = 0; k < static_cast<int64_t>(windows_.size()); ++k) windows_[k].find_runs(pixels_ - 16 * k);
+  }
+
+  int64_t count() const { return (pixels_ + 15) / 16; }
+  __mmask16 lanes(int64_t k) const { return amx::first16(pixels_ - 16 * k); }
+
+  // Where values 16 k and on lie.
+  const Window& window(int64_t k) const { return windows_[k]; }
+
+  // These values of the patch at `corner`, times scale plus shift; lanes beyond the patch are 0.
+  __m512 read(const Pixel* corner, const Window& w) const {
+    return _mm512_fmadd_ps(load(corner, w), _mm512_load_ps(w.scale), _mm512_load_ps(w.shift));
+  }
+
+ private:
   static __m512 load(const Pixel* corner, const Window& w) {
     if constexpr (std::is_same_v<Pixel, uint8_t>) {
       __m128i bytes;
@@ -142,7 +144,7 @@ struct TargetRow {
 
   void normalise(const PatchWindows<Pixel>& patches, int64_t n, float eps) {
     // From the first pixel on: the mean of a flat patch is exact, and nothing is left to divide by sqrt(eps).
-    const float start = _mm512_cvtss_f32(patches.read(corner, 0));
+    const float start = _mm512_cvtss_f32(patches.read(corner, patches.window(0)));
     mean = start + sum<false>(patches, start) / n;
     factor = 1 / std::sqrt(sum<true>(patches, mean) / (n - 1) + eps);
   }
@@ -151,7 +153,7 @@ struct TargetRow {
   float sum(const PatchWindows<Pixel>& patches, float from) const {
     __m512 total = _mm512_setzero_ps();
     for (int64_t k = 0; k < patches.count(); ++k) {
-      const __m512 d = _mm512_maskz_sub_ps(patches.lanes(k), patches.read(corner, k), _mm512_set1_ps(from));
+      const __m512 d = _mm512_maskz_sub_ps(patches.lanes(k), patches.read(corner, patches.window(k)), _mm512_set1_ps(from));
       total = squares ? _mm512_fmadd_ps(d, d, total) : _mm512_add_ps(total, d);
     }
     return _mm512_reduce_add_ps(total);
@@ -206,18 +208,18 @@ void linear_pixel_loss(const Tensor& x, const Tensor& weight, const std::optiona
                 const __m512 add[2] = {_mm512_maskz_loadu_ps(lanes[0], shift + j),
                                        _mm512_maskz_loadu_ps(lanes[1], shift + j + 16)};
                 __m512 squares = _mm512_setzero_ps();
-                for (int64_t r = 0; r < rows; ++r) {
+                const auto low = patches.window(j / 16), high = patches.window(j / 16 + 1);
+                const auto residual_of = [&](const auto& window, const TargetRow<Pixel>& row, const float* sum, int h) {
+                  const __m512 centred = _mm512_sub_ps(patches.read(row.corner, window), _mm512_set1_ps(row.mean));
+                  const __m512 pred = _mm512_add_ps(_mm512_loadu_ps(sum), add[h]);
+                  const __m512 d = _mm512_fnmadd_ps(centred, _mm512_set1_ps(row.factor), pred);
+                  return _mm512_maskz_mov_ps(lanes[h], d);
+                };
+                for (int64_t r = 0; r < rows; ++r, c += 32) {
                   const TargetRow<Pixel>& row = targets[i + r];
-                  __m512 d[2];
-                  for (int half = 0; half < 2; ++half) {
-                    const __m512 pixel = patches.read(row.corner, j / 16 + half);
-                    const __m512 target =
-                        _mm512_mul_ps(_mm512_sub_ps(pixel, _mm512_set1_ps(row.mean)), _mm512_set1_ps(row.factor));
-                    const __m512 pred = _mm512_add_ps(_mm512_loadu_ps(c + 32 * r + 16 * half), add[half]);
-                    d[half] = _mm512_maskz_sub_ps(lanes[half], pred, target);
-                    squares = _mm512_fmadd_ps(d[half], d[half], squares);
-                  }
-                  const auto line = _mm512_cvtne2ps_pbh(_mm512_mul_ps(d[1], factor), _mm512_mul_ps(d[0], factor));
+                  const __m512 d0 = residual_of(low, row, c, 0), d1 = residual_of(high, row, c + 16, 1);
+                  squares = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares));
+                  const auto line = _mm512_cvtne2ps_pbh(_mm512_mul_ps(d1, factor), _mm512_mul_ps(d0, factor));
                   _mm512_mask_storeu_epi16(to + (i + r) * n + j, amx::first32(width), (__m512i)line);
                 }
                 partial[i / 32 * columns + j / 32] = _mm512_reduce_add_ps(squares);

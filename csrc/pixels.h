@@ -47,11 +47,25 @@ class PatchReader {
         sc_(images.stride(1)),
         sh_(images.stride(2)),
         sw_(images.stride(3)),
-        shape_(shape) {}
+        shape_(shape) {
+    for (int64_t x = 0; x < shape.width; ++x) {
+      line_scale_.insert(line_scale_.end(), scale_, scale_ + shape.channels);
+      line_shift_.insert(line_shift_.end(), shift_, shift_ + shape.channels);
+    }
+  }
 
   // (row, column, channel), channel fastest: the order of pixel targets.
   void read_channels_last(int64_t image, int64_t patch, A* out) const {
     const Pixel* corner = at(image, patch);
+    if (sc_ == 1 && sw_ == shape_.channels) {  // a line of the patch is dense in memory
+      const int64_t line = shape_.width * shape_.channels;
+      const A *scale = line_scale_.data(), *shift = line_shift_.data();
+      for (int64_t y = 0; y < shape_.height; ++y, corner += sh_, out += line) {
+#pragma omp simd
+        for (int64_t i = 0; i < line; ++i) out[i] = static_cast<A>(corner[i]) * scale[i] + shift[i];
+      }
+      return;
+    }
     for (int64_t y = 0; y < shape_.height; ++y)
       for (int64_t x = 0; x < shape_.width; ++x)
         for (int64_t c = 0; c < shape_.channels; ++c)
@@ -108,6 +122,7 @@ class PatchReader {
 
   const Pixel* base_;
   const A *scale_, *shift_;
+  std::vector<A> line_scale_, line_shift_;  // for each value of a patch's line
   int64_t sb_, sc_, sh_, sw_;
   PatchShape shape_;
 };

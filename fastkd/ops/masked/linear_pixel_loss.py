@@ -93,9 +93,7 @@ def _backward_through(products: str) -> Callable[..., None]:
 fill_backward = _backward_through("reference")
 _TRITON = "fastkd.ops.masked.linear_pixel_loss_triton"
 forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(
-    f"{OP}_backward", reference=fill_backward, cpp=_backward_through("cpp"), triton=f"{_TRITON}:backward"
-)
+backward = Kernel(f"{OP}_backward", reference=fill_backward, cpp=_backward_through("cpp"), triton=f"{_TRITON}:backward")
 
 
 @custom_op("linear_pixel_loss")
