@@ -2,7 +2,7 @@
 // to a factor. On AMX tiles the loss is taken where a block of the product leaves the tiles, so that the prediction is
 // never written; elsewhere the product is the vendor library's and one pass overwrites it.
 #include "convert.h"
-#include "gemm_amx.h"
+#include "linear_amx.h"
 #include "pixels.h"
 
 #include <numeric>
@@ -105,6 +105,12 @@ class PatchWindows {
   int64_t count() const { return (pixels_ + 15) / 16; }
   __mmask16 lanes(int64_t k) const { return amx::first16(pixels_ - 16 * k); }
 
+  // Brings windows k and k + 1 of the patch at `corner` into the cache.
+  void fetch(const Pixel* corner, int64_t k) const {
+    _mm_prefetch(corner + windows_[k].offset[0], _MM_HINT_T0);
+    _mm_prefetch(corner + windows_[k + 1].offset[0], _MM_HINT_T0);
+  }
+
   // Where values 16 k and on lie.
   const Window& window(int64_t k) const { return windows_[k]; }
 
@@ -198,35 +204,42 @@ void linear_pixel_loss(const Tensor& x, const Tensor& weight, const std::optiona
     using Pixel = typename decltype(type)::type;
     const PatchWindows<Pixel> patches(images, affine, shape);
     const auto targets = target_rows<Pixel>(images, ids, shape, patches, norm_pix, static_cast<float>(eps));
-    std::vector<float> partial((m + 31) / 32 * columns);
-    const amx::Matrix<BFloat16> left{data<BFloat16>(x), x.stride(0), m, depth};
-    const amx::Matrix<float> right{data<float>(weight), weight.stride(0), n, depth};
+    // 16 sums for each block of 32 x 32 values, to which its rows are added one after the other: a block comes in pieces.
+    std::vector<float> partial((m + 31) / 32 * columns * 16, 0.0f);
     const __m512 factor = _mm512_set1_ps(static_cast<float>(unit));
-    amx::gemm(m, n, depth, amx::Rows<BFloat16>{left}, amx::TransposedColumns<float>{right}, to,
-              [&](int64_t i, int64_t j, int64_t rows, int64_t width, const float* c) {
-                const __mmask16 lanes[2] = {amx::first16(width), amx::first16(width - 16)};
-                const __m512 add[2] = {_mm512_maskz_loadu_ps(lanes[0], shift + j),
-                                       _mm512_maskz_loadu_ps(lanes[1], shift + j + 16)};
-                __m512 squares = _mm512_setzero_ps();
-                const auto low = patches.window(j / 16), high = patches.window(j / 16 + 1);
-                const auto residual_of = [&](const auto& window, const TargetRow<Pixel>& row, const float* sum, int h) {
-                  const __m512 centred = _mm512_sub_ps(patches.read(row.corner, window), _mm512_set1_ps(row.mean));
-                  const __m512 pred = _mm512_add_ps(_mm512_loadu_ps(sum), add[h]);
-                  const __m512 d = _mm512_fnmadd_ps(centred, _mm512_set1_ps(row.factor), pred);
-                  return _mm512_maskz_mov_ps(lanes[h], d);
-                };
-                for (int64_t r = 0; r < rows; ++r, c += 32) {
-                  const TargetRow<Pixel>& row = targets[i + r];
-                  const __m512 d0 = residual_of(low, row, c, 0), d1 = residual_of(high, row, c + 16, 1);
-                  squares = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares));
-                  const auto line = _mm512_cvtne2ps_pbh(_mm512_mul_ps(d1, factor), _mm512_mul_ps(d0, factor));
-                  _mm512_mask_storeu_epi16(to + (i + r) * n + j, amx::first32(width), (__m512i)line);
-                }
-                partial[i / 32 * columns + j / 32] = _mm512_reduce_add_ps(squares);
-              });
-    // Blocks and their order do not depend on the number of threads.
-    *mutable_data<float>(loss) =
-        static_cast<float>(std::accumulate(partial.begin(), partial.end(), 0.0) / (static_cast<double>(m) * n));
+    amx::gemm(
+        m, n, depth, amx::Rows<BFloat16>{amx::matrix<BFloat16>(x)},
+        amx::TransposedColumns<float>{amx::matrix<float>(weight)},
+        [&](int64_t i, int64_t j) {
+          amx::fetch_to_write(to + i * n + j);
+          patches.fetch(targets[i].corner, j / 16);
+        },
+        [&](int64_t i, int64_t j, int64_t rows, int64_t width, const float* c) {
+          const __mmask16 lanes[2] = {amx::first16(width), amx::first16(width - 16)};
+          const __m512 add[2] = {_mm512_maskz_loadu_ps(lanes[0], shift + j),
+                                 _mm512_maskz_loadu_ps(lanes[1], shift + j + 16)};
+          const auto low = patches.window(j / 16), high = patches.window(j / 16 + 1);
+          const auto difference = [&](const auto& window, const TargetRow<Pixel>& row, const float* sum, int half) {
+            const __m512 centred = _mm512_sub_ps(patches.read(row.corner, window), _mm512_set1_ps(row.mean));
+            const __m512 pred = _mm512_add_ps(_mm512_loadu_ps(sum), add[half]);
+            const __m512 d = _mm512_fnmadd_ps(centred, _mm512_set1_ps(row.factor), pred);
+            return _mm512_maskz_mov_ps(lanes[half], d);
+          };
+          float* const sums = partial.data() + (i / 32 * columns + j / 32) * 16;
+          __m512 squares = _mm512_loadu_ps(sums);
+          for (int64_t r = 0; r < rows; ++r, c += 32) {
+            const TargetRow<Pixel>& row = targets[i + r];
+            const __m512 d0 = difference(low, row, c, 0), d1 = difference(high, row, c + 16, 1);
+            squares = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares));
+            const auto line = _mm512_cvtne2ps_pbh(_mm512_mul_ps(d1, factor), _mm512_mul_ps(d0, factor));
+            _mm512_mask_storeu_epi16(to + (i + r) * n + j, amx::first32(width), (__m512i)line);
+          }
+          _mm512_storeu_ps(sums, squares);
+        });
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t k = 0; k < partial.size(); ++k) total += partial[k];
+    *mutable_data<float>(loss) = static_cast<float>(total / (static_cast<double>(m) * n));
   };
   if (images.scalar_type() == ScalarType::Byte) return run(Type<uint8_t>{});
   FASTKD_CHECK(images.scalar_type() == ScalarType::Float, "linear_pixel_loss", "expected uint8 or float32 images");

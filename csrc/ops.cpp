@@ -17,6 +17,7 @@
 #include "gelu.cpp"
 #include "linear.cpp"
 #include "linear_pixel_loss.cpp"
+#include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #endif
 
@@ -63,6 +64,8 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
         "float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
+  m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
+  m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor grad_out, Tensor x, Tensor(a!) grad_x) -> ()");
   m.def("residual_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, Tensor(a!) total, "
@@ -92,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
   m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
   m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
+  m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
+  m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));

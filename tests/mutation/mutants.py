@@ -147,7 +147,7 @@ NATIVE = [
     Mutant("C++ linear pixel loss: the second run of a line is not read", f"csrc/{LINEAR_PIXEL}.cpp",
            "bytes = _mm_mask_loadu_epi8(bytes, w.second, corner + w.jump);", "", accuracy(LINEAR_PIXEL, "cpp"), "amx"),
     Mutant("C++ linear pixel loss: values beyond the patch count", f"csrc/{LINEAR_PIXEL}.cpp",
-           "return _mm512_maskz_mov_ps(lanes[h], d);", "return d;", accuracy(LINEAR_PIXEL, "cpp"), "amx"),
+           "return _mm512_maskz_mov_ps(lanes[half], d);", "return d;", accuracy(LINEAR_PIXEL, "cpp"), "amx"),
     Mutant("C++ pixels: the first line for all", "csrc/pixels.h", "++y, corner += sh_, out += line)",
            "++y, out += line)", accuracy(PIXEL, "cpp")),
     Mutant("C++ alignment: sign(0) is 1", "csrc/align_math.h", "return A(d > 0) - A(d < 0);",

@@ -209,11 +209,9 @@ def linear_pixel_loss(
 
     Without a gradient to make, predictions exist for 4096 tokens at a time only.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = _linear.under_autocast(OP, x)
     _check.check_tensor(OP, "x", x, 3)
-    allowed = (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,)
-    _check.check_tensor(OP, "weight", weight, 2, allowed)
+    _linear.check_parameters(OP, x, x.shape[-1], weight=weight, bias=bias)
     _check.check_tensor(OP, "ids", ids, 2, (torch.int64,))
     images = _images.to_nchw(OP, images)
     patch = _check.pair(OP, "patch_size", patch_size)
@@ -221,9 +219,6 @@ def linear_pixel_loss(
     mean, std = _images.statistics(OP, images, mean, std)
     pixels = patch[0] * patch[1] * images.shape[1]
     _check.check_shape(OP, "weight", weight, (pixels, x.shape[2]), "(p * p * C, D)")
-    if bias is not None:
-        _check.check_tensor(OP, "bias", bias, 1, allowed)
-        _check.check_shape(OP, "bias", bias, (pixels,), "(p * p * C,)")
     _check.check_same_device(OP, x=x, weight=weight, bias=bias, images=images, ids=ids)
     _check.check_shape(OP, "images", images, (x.shape[0], *images.shape[1:]), "with the B of x")
     _check.check_shape(OP, "ids", ids, tuple(x.shape[:2]), "(B, K) like x")
