@@ -145,24 +145,24 @@ class FastStep:
     def marked(self, clock: Callable):
         """Lets `clock` hear where the stages of this model begin."""
         model, student = self.model, self.model.student
-        decode = student.decode
+        decode = student.decode_features
 
         def marked_decode(tokens: Tensor, *args, **kwargs) -> Tensor:
             clock("decoder", tokens)
-            pred = decode(tokens, *args, **kwargs)
-            clock("loss", pred)
-            return pred
+            features = decode(tokens, *args, **kwargs)
+            clock("loss", features)  # holds the last linear layer here; the peers have it in the decoder
+            return features
 
         hooks = [
             model.register_forward_pre_hook(lambda *_: clock("teacher")),
             student.register_forward_pre_hook(lambda *_: clock("student")),
         ]
         hooks.append(self.optimizer.register_step_pre_hook(lambda *_: clock("optimiser")))
-        student.decode = marked_decode
+        student.decode_features = marked_decode
         try:
             yield
         finally:
-            del student.decode
+            del student.decode_features
             for hook in hooks:
                 hook.remove()
 

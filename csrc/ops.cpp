@@ -16,6 +16,7 @@
 #include "column_sum.cpp"
 #include "gelu.cpp"
 #include "linear.cpp"
+#include "linear_pixel_loss.cpp"
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #endif
@@ -61,6 +62,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
+  m.def("linear_pixel_loss(Tensor x, Tensor weight, Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, "
+        "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
+  m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
+        "float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
   m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
@@ -91,6 +96,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
+  m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
+  m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
   m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
