@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,15 @@ def emulated(library, monkeypatch):
     """backend("cuda") means the emulated kernels, on CPU tensors."""
     monkeypatch.setattr(Kernel, "why_not", lambda self, *_: None)
     original = Kernel.implementation
-    monkeypatch.setattr(
-        Kernel,
-        "implementation",
-        lambda self, name: getattr(torch.ops.fastkd_emulated, self.name) if name == "cuda" else original(self, name),
-    )
+
+    def implementation(self, name):
+        if name != "cuda":
+            return original(self, name)
+        if self._cuda is not None:  # a launcher takes the name of the library first
+            return partial(self._cuda.func, "fastkd_emulated")
+        return getattr(torch.ops.fastkd_emulated, self.name)
+
+    monkeypatch.setattr(Kernel, "implementation", implementation)
 
 
 @pytest.mark.parametrize("spec, case", [(s, c) for s in OPS for c in s.cases], ids=lambda v: getattr(v, "name", v))

@@ -65,8 +65,8 @@ def _fill_backward(
     grad_key_value.copy_(torch.cat([t.transpose(1, 2).flatten(2) for t in gradients], -1))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+forward = Kernel(OP, reference=_fill_forward, cuda=True)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, cuda=True)
 
 
 def _split(packed: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
