@@ -302,7 +302,8 @@ const char* for_16_bits(Dtype dtype, F&& f) {
 }
 
 bool fits(const AttentionShape& s, Dtype dtype) {
-  return dtype != Dtype::kFloat && s.keys <= kMostKeys && s.dim <= kMostDim && s.dim % kVector == 0;
+  const bool some = s.queries > 0 && s.keys > 0;
+  return dtype != Dtype::kFloat && some && s.keys <= kMostKeys && s.dim <= kMostDim && s.dim % kVector == 0;
 }
 
 }  // namespace

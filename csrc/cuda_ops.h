@@ -237,8 +237,8 @@ inline void decoder_assemble_backward(const Tensor& grad_out, const Tensor& ids,
 
 // Rows of heads: what the kernels do not find out by themselves.
 inline cuda::View head_rows(const Tensor& t, ScalarType dtype, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && (t.stride(2) == 1 || t.size(2) == 1), "fastkd ", op, ": ", name,
-                  " must have the dtype of query and contiguous channels");
+  STD_TORCH_CHECK(t.scalar_type() == dtype && (t.stride(2) == 1 || t.size(2) == 1 || t.numel() == 0), "fastkd ", op,
+                  ": ", name, " must have the dtype of query and contiguous channels");
   return view(t);
 }
 
@@ -269,7 +269,7 @@ inline void attention_backward(const Tensor& grad_out, const Tensor& query, cons
                                            head_rows(grad_query, dtype, op, "grad_query"),
                                            head_rows(grad_key_value, dtype, op, "grad_key_value")};
   const float* log_sums = dense<float>(lse, ScalarType::Float, op, "lse");
-  if (query.numel() == 0) return;
+  if (key_value.numel() == 0) return;
   const Tensor delta = scratch(lse, lse.numel(), ScalarType::Float);
   on_device_of(query, op, [&](void* stream) {
     return cuda::attention_backward(args, gradients, log_sums, mutable_data<float>(delta), stream);

@@ -2,6 +2,7 @@
 // It checks the kernels' arithmetic, indexing and barriers; it says nothing about memory ordering or speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,12 +33,15 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 
 struct Barrier {
+  size_t first = 0;  // where its members begin in the order in which threads are tried
   int arrived = 0;
   long generation = 0;
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // for the first switch; the others are jumps, which leave the signal mask alone and are fast
+  jmp_buf jump;
+  bool started = false;
   std::vector<char> stack = std::vector<char>(256 << 10);
   dim3 index;
   bool done = false;
@@ -57,7 +61,8 @@ struct Block {
   std::vector<uint64_t> exchange;
   std::vector<Fragments> fragments;
   Barrier all;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
+  size_t try_first = 0;  // no thread before this one can go on
   Fiber* current = nullptr;
   const std::function<void()>* kernel = nullptr;
 };
@@ -65,41 +70,57 @@ inline Block block;
 
 inline unsigned thread_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
+__attribute__((noinline)) inline void jump(jmp_buf& from, jmp_buf& to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
+
+__attribute__((noinline)) inline void run(Fiber& fiber) {
+  if (_setjmp(block.scheduler)) return;
+  if (fiber.started) _longjmp(fiber.jump, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
 inline void wait(Barrier& barrier, int members) {
   if (++barrier.arrived == members) {
     barrier.arrived = 0;
     ++barrier.generation;
+    block.try_first = std::min(block.try_first, barrier.first);
     return;
   }
   Fiber* self = block.current;
   self->waits = &barrier;
   self->generation = barrier.generation;
-  swapcontext(&self->context, &block.scheduler);
+  jump(self->jump, block.scheduler);
 }
 
 inline void enter() {
   (*block.kernel)();
   block.current->done = true;
+  _longjmp(block.scheduler, 1);
 }
 
 inline void run_block() {
   const size_t count = block.fibers.size();
   for (size_t i = 0; i < count; ++i) {
     Fiber& f = block.fibers[i];
-    f.done = false;
+    f.done = f.started = false;
     f.waits = nullptr;
     f.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = &block.scheduler;
+    f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
   // One end of the block runs ahead as far as it can, in every other block the far end: a missing barrier shows.
   const bool backwards = (blockIdx.x + blockIdx.y) % 2;
+  for (size_t warp = 0; warp < block.warps.size(); ++warp)
+    block.warps[warp].first = backwards ? count - std::min(count, 32 * warp + 32) : 32 * warp;
+  block.try_first = 0;
   for (size_t left = count; left > 0;) {
     Fiber* next = nullptr;
-    for (size_t i = 0; i < count && !next; ++i) {
+    for (size_t& i = block.try_first; i < count && !next; ++i) {
       Fiber& f = block.fibers[backwards ? count - 1 - i : i];
       if (!f.done && !(f.waits && f.waits->generation == f.generation)) next = &f;
     }
@@ -110,7 +131,7 @@ inline void run_block() {
     next->waits = nullptr;
     block.current = next;
     threadIdx = next->index;
-    swapcontext(&block.scheduler, &next->context);
+    run(*next);
     left -= next->done;
   }
 }
