@@ -32,15 +32,21 @@ struct Plan : AttentionShape {
   unsigned blocks() const { return (count() + heads_a_block() - 1) / heads_a_block(); }
 };
 
-// A warp's place: its head, the head's part of shared memory, its 16 rows in the chunk.
+// A warp's place: its head, the head's part of shared memory, its 16 rows in the chunk. The number of the warp comes by
+// way of a shuffle, which tells the compiler that it is the same in all lanes: branches on it need no reconvergence.
 struct Place {
   int head, slot, row, thread, threads;
   bool live;
 
-  __device__ __forceinline__ explicit Place(const Plan& p)
-      : head(blockIdx.x * p.heads_a_block() + threadIdx.y / p.group), slot(threadIdx.y / p.group),
-        row(threadIdx.y % p.group * kTile), thread(threadIdx.y % p.group * 32 + threadIdx.x), threads(p.group * 32),
-        live(head < p.count()) {}
+  __device__ __forceinline__ explicit Place(const Plan& p) {
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.y), 0);
+    slot = warp / p.group;
+    row = warp % p.group * kTile;
+    head = blockIdx.x * p.heads_a_block() + slot;
+    thread = warp % p.group * 32 + threadIdx.x;
+    threads = p.group * 32;
+    live = head < p.count();
+  }
 };
 
 // Copies rows [0, rows) of a head to shared memory and fills up to whole tiles with zeros.
@@ -56,6 +62,17 @@ __device__ __forceinline__ void stage(Bits* to, const T* from, int64_t stride, i
     if (row < rows && column < p.dim) word = *reinterpret_cast<const Words<4>*>(from + row * stride + column);
     *reinterpret_cast<Words<4>*>(to + row * p.pitch + column) = word;
   }
+}
+
+// 2^x as the special function unit has it; tiny results are 0.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef FASTKD_EMULATE_CUDA
+  return exp2f(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
 }
 
 using Scores = float[2 * kTiles][4];  // [16, 64]: tile j holds columns 8 j to 8 j + 7
@@ -148,7 +165,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (8 * j < p.key_rows) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        scores[j][c] = exp2f((scores[j][c] - top[c / 2]) * scale);
+        scores[j][c] = power_of_two((scores[j][c] - top[c / 2]) * scale);
         total[c / 2] += scores[j][c];
       }
     }
@@ -231,7 +248,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         for (int c = 0; c < 4; ++c) {
           const bool inside = 8 * j + 2 * lane_member() + c % 2 < p.keys;
           const float log_sum = shift[place.row + lane_group() + c / 2 * 8];
-          scores[j][c] = inside ? exp2f(scores[j][c] * scale - log_sum) : 0.0f;
+          scores[j][c] = inside ? power_of_two(scores[j][c] * scale - log_sum) : 0.0f;
           weighted[c / 2] += scores[j][c] * grad[j][c];
           total[c / 2] += scores[j][c];
         }
@@ -266,7 +283,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             const int query = 8 * j + 2 * lane_member() + c % 2;
-            scores[j][c] = exp2f(scores[j][c] * scale - shift[query]);
+            scores[j][c] = power_of_two(scores[j][c] * scale - shift[query]);
             grad[j][c] = scores[j][c] * (grad[j][c] - deltas[query]) * p.scale;
           }
         }

@@ -162,17 +162,26 @@ inline void emulate(dim3 grid, dim3 threads, const std::function<void()>& kernel
 
 inline void __syncthreads() { emulation::wait(emulation::block.all, emulation::block.fibers.size()); }
 
+// A lane gets what lane `from` of its warp holds.
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int lanes) {
+T exchange_lanes(T value, unsigned from) {
   using namespace emulation;
   const unsigned self = thread_number(), warp = self / 32;
   const int members = std::min<int>(32, block.fibers.size() - warp * 32);
   std::memcpy(&block.exchange[self], &value, sizeof value);
   wait(block.warps[warp], members);
   T result;
-  std::memcpy(&result, &block.exchange[self ^ lanes], sizeof result);
+  std::memcpy(&result, &block.exchange[warp * 32 + from], sizeof result);
   wait(block.warps[warp], members);
   return result;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return exchange_lanes(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return exchange_lanes(value, emulation::thread_number() % 32 ^ lanes);
 }
 
 // The two matrix instructions, from the tables of the PTX ISA ("Matrix fragments for mma.m16n8k16 with floating point
