@@ -140,8 +140,8 @@ const char* attention_by_rows(const Attention& op, const View& out, float* lse, 
   return for_float(op.query.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const AttentionTensors<T> tensors(op, s.channels());
-    return launch(forward_kernel<T>, geometry(int64_t{s.count()} * s.queries), stream, tensors, Heads<T>(out, 0, 0), lse,
-                  s);
+    const Heads<T> to(out, 0, 0);
+    return launch(forward_kernel<T>, geometry(int64_t{s.count()} * s.queries), stream, tensors, to, lse, s);
   });
 }
 

@@ -1,4 +1,5 @@
-// What the CUDA kernels of attention share (attention.cu on tensor cores, attention_rows.cu for what does not fit them).
+// What all CUDA kernels of attention share: those on tensor cores (attention.cu, attention_backward.cu), and those of
+// attention_rows.cu for what does not fit there.
 #pragma once
 
 #include "cuda_rows.cuh"

@@ -227,9 +227,9 @@ inline void decoder_assemble_backward(const Tensor& grad_out, const Tensor& ids,
   const cuda::AssembleBackward args{view(grad_out), view(ids), view(grad_fill), given, num_prefix};
   const int64_t batch = grad_out.size(0), filled = grad_out.size(1) - given, rows = grad_fill.size(0);
   if (grad_fill.numel() == 0) return;
-  const bool one = rows == 1;
-  const Tensor partial = scratch(grad_out, one ? cuda::sum_shares(batch * filled) * grad_out.size(2) : 0, ScalarType::Float);
-  const Tensor place = scratch(grad_out, one ? 0 : batch * rows, ScalarType::Int);
+  const int64_t partial_size = rows == 1 ? cuda::sum_shares(batch * filled) * grad_out.size(2) : 0;
+  const Tensor partial = scratch(grad_out, partial_size, ScalarType::Float);
+  const Tensor place = scratch(grad_out, rows == 1 ? 0 : batch * rows, ScalarType::Int);
   on_device_of(grad_out, op, [&](void* stream) {
     return cuda::decoder_assemble_backward(args, mutable_data<float>(partial), mutable_data<int>(place), stream);
   });

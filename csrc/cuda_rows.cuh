@@ -249,7 +249,7 @@ inline Geometry row_geometry(int64_t rows, int64_t width) {
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), Geometry geometry, Stream stream, Arguments... arguments) {
-  if (geometry.grid.x == 0 || geometry.grid.y == 0 || geometry.grid.z == 0) return nullptr;  // CUDA takes it for an error
+  if (geometry.grid.x == 0 || geometry.grid.y == 0 || geometry.grid.z == 0) return nullptr;  // an error to CUDA
 #ifdef FASTKD_EMULATE_CUDA
   emulate(geometry.grid, geometry.block, [&] { kernel(arguments...); });
   return nullptr;

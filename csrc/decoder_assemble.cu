@@ -38,8 +38,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }
 
 // place[b, l]: the token of image b that is filled from fill row l, or -1; a block an image.
-__global__ void __launch_bounds__(256) place_kernel(const int64_t* ids, int64_t ids_b, int64_t ids_k, int given, int total,
-                                                    int num_prefix, int patches, int* place) {
+__global__ void __launch_bounds__(256)
+    place_kernel(const int64_t* ids, int64_t ids_b, int64_t ids_k, int given, int total, int num_prefix, int patches,
+                 int* place) {
   int* mine = place + int64_t{blockIdx.x} * patches;
   for (int l = threadIdx.x; l < patches; l += blockDim.x) mine[l] = -1;
   __syncthreads();
@@ -94,8 +95,8 @@ const char* decoder_assemble_backward(const AssembleBackward& op, float* partial
         const Rows<T> grad(op.grad_out);
         const int64_t images = op.grad_out.size[0], total = op.grad_out.size[1], patches = op.grad_fill.size[0];
         F* out = static_cast<F*>(op.grad_fill.data);
-        if (patches == 1)
-          return sum_tokens(grad, images, op.given, total - op.given, 1, partial, out, static_cast<T*>(nullptr), stream);
+        T* no_copy = nullptr;
+        if (patches == 1) return sum_tokens(grad, images, op.given, total - op.given, 1, partial, out, no_copy, stream);
         if (images > 0) {
           const char* error = launch(place_kernel, {dim3(images), dim3(256)}, stream,
                                      static_cast<const int64_t*>(op.ids.data), op.ids.stride[0], op.ids.stride[1],

@@ -165,7 +165,7 @@ NATIVE = [
 ]  # fmt: skip
 
 CUDA = [  # the emulation compiles them for the CPU
-    Mutant("CUDA attention: the next queries come before the last ones are read", "csrc/attention.cu",
+    Mutant("CUDA attention: the next queries come before the last ones are read", "csrc/attention_backward.cu",
            "if (first > 0) __syncthreads();", "", ("test_cuda_emulation.py", "-k", "awkward_sizes and attention")),
     Mutant("CUDA sums: every group is the first", "csrc/cuda_sums.cuh", "(first + group * count + m % count)",
            "(first + m % count)", ("test_cuda_emulation.py", "-k", "test_accuracy and registers")),
