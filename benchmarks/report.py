@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import changes
 import common
 import device_record
 import floors
@@ -182,6 +183,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "dmae_cpu_stages": if_measured(stage_table),
     "gpu": gpu_table,
     "demo": demo_table,
+    "changes": changes.table,
     "floors": floors.floor_table,
     "scale": floors.scale_table,
 }
