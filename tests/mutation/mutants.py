@@ -204,9 +204,16 @@ NATIVE = [
            accuracy("attention", "cpp"), "amx"),
 ]  # fmt: skip
 
+CUDA = [  # the emulation compiles them for the CPU
+    Mutant("CUDA attention: the next queries come before the last ones are read", "csrc/attention_backward.cu",
+           "if (first > 0) __syncthreads();", "", ("test_cuda_emulation.py", "-k", "awkward_sizes and attention")),
+    Mutant("CUDA sums: every group is the first", "csrc/cuda_sums.cuh", "(first + group * count + m % count)",
+           "(first + m % count)", ("test_cuda_emulation.py", "-k", "test_accuracy and registers")),
+]  # fmt: skip
+
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

@@ -66,8 +66,8 @@ def _fill_backward(
 
 
 _TRITON = "fastkd.ops.blocks.attention_triton"
-forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward", cuda=True)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward", cuda=True)
 
 
 def _split(packed: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
