@@ -142,6 +142,16 @@ TRITON = [
            "fill_row = patch if PER_PATCH else patch * 0", "fill_row = patch * 0", accuracy(ASSEMBLE, "triton")),
     Mutant("triton embedding: no bias", f"{MASKED}/{EMBED}_triton.py", "    if BIAS:\n        sums +=",
            "    if BIAS:\n        sums += 0.0 *", accuracy(EMBED, "triton")),
+    Mutant("triton attention: heads of a tile see each other", "fastkd/ops/blocks/attention_triton.py",
+           "(head[:, None] == head_k[None, :])", "(head[:, None] >= 0)", accuracy("attention-few_tokens", "triton")),
+    Mutant("triton attention: a new maximum leaves the sums", "fastkd/ops/blocks/attention_triton.py",
+           "value, result * shrink[:, None]", "value, result", accuracy("attention-sharp", "triton")),
+    Mutant("triton attention: the row sum of many keys is taken for 1", "fastkd/ops/blocks/attention_long_triton.py",
+           "    delta /= total\n", "    delta /= total + 1.0\n", accuracy("attention-long", "triton")),
+    Mutant("triton layer norm: every second tile of rows", "fastkd/ops/blocks/residual_layer_norm_triton.py",
+           "rows, programs * ROWS)", "rows, 2 * programs * ROWS)", accuracy("layer_norm-many_rows", "triton")),
+    Mutant("triton mlp: the bias gradient of the last tile", "fastkd/ops/blocks/mlp_triton.py",
+           "sums += grad", "sums = grad", ("test_blocks.py", "-k", "products and mlp and triton")),
 ]  # fmt: skip
 
 NATIVE = [
