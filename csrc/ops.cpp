@@ -36,6 +36,8 @@ namespace fastkd {
 
 STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("random_masking(Tensor noise, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) -> ()");
+  m.def("random_masking_keyed(Tensor keys, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) "
+        "-> ()");
   m.def("masked_pixel_loss(Tensor pred, Tensor images, Tensor ids, Tensor? weight, Tensor affine, int[] patch, "
         "bool norm_pix, float eps, Tensor(a!) loss) -> ()");
   m.def("masked_pixel_loss_backward(Tensor grad_loss, Tensor pred, Tensor images, Tensor ids, Tensor? weight, "
@@ -44,7 +46,6 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) loss) -> ()");
   m.def("feature_alignment_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, int kind, bool normalize, "
         "float beta, Tensor(a!) grad_student) -> ()");
-#ifndef FASTKD_CUDA
   m.def("visible_patch_rows(Tensor images, Tensor ids, Tensor affine, int[] patch, Tensor(a!) rows) -> ()");
   m.def("visible_patch_finish(Tensor projected, Tensor ids, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
         "Tensor(a!) out) -> ()");
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention(Tensor query, Tensor key_value, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
+#ifndef FASTKD_CUDA
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("has_amx() -> bool");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
@@ -77,11 +79,11 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("random_masking", TORCH_BOX(&random_masking));
+  m.impl("random_masking_keyed", TORCH_BOX(&random_masking_keyed));
   m.impl("masked_pixel_loss", TORCH_BOX(&masked_pixel_loss));
   m.impl("masked_pixel_loss_backward", TORCH_BOX(&masked_pixel_loss_backward));
   m.impl("feature_alignment_loss", TORCH_BOX(&feature_alignment_loss));
   m.impl("feature_alignment_loss_backward", TORCH_BOX(&feature_alignment_loss_backward));
-#ifndef FASTKD_CUDA
   m.impl("visible_patch_rows", TORCH_BOX(&visible_patch_rows));
   m.impl("visible_patch_finish", TORCH_BOX(&visible_patch_finish));
   m.impl("visible_patch_sums", TORCH_BOX(&visible_patch_sums));
@@ -89,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("decoder_assemble_backward", TORCH_BOX(&decoder_assemble_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#ifndef FASTKD_CUDA
   m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));

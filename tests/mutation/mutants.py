@@ -105,6 +105,17 @@ PYTHON = [
            "self.mask_token[0] + 0 * self.decoder_pos_embed[0, prefix:]", models("student_forward")),
     Mutant("positions: rows and columns swapped", "fastkd/models/positions.py", "for position in (x, y)]",
            "for position in (y, x)]", golden("pos_embed")),
+    Mutant("masks from keys: the upper word is off by a bit", f"{MASKED}/{MASKING}.py", "(keys[:, None] >> 32)",
+           "(keys[:, None] >> 31)", ("test_masks.py", "-k", "every_backend and cpp")),
+    Mutant("philox: nine rounds", f"{MASKED}/{MASKING}.py", "for _ in range(10):", "for _ in range(9):",
+           ("test_masks.py", "-k", "known_answers")),
+    Mutant("a graph keeps its first masks", "fastkd/train/step.py", "buffer.copy_(value, non_blocking=True)",
+           "buffer.copy_(value) if name == 'images' or not self._replays else None",
+           ("test_step.py", "-k", "captured_steps")),
+    Mutant("gradients of a step are not dropped", "fastkd/train/step.py", "            self.optimizer.zero_grad()\n\n",
+           "\n", ("test_step.py", "-k", "training_curve")),
+    Mutant("losses of the last micro-batch alone", "fastkd/train/step.py", "losses if first else self.losses + losses",
+           "losses", ("test_train.py", "-k", "accumulation")),
     Mutant("linear: bias without its gradient", "fastkd/ops/blocks/linear.py", "bias_gradient.to(ctx.bias_dtype) if",
            "0 * bias_gradient.to(ctx.bias_dtype) if", accuracy("linear", "reference")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
@@ -116,6 +127,9 @@ TRITON = [
            golden("masking", "triton")),
     Mutant("triton masking: ties the other way", f"{MASKED}/{MASKING}_triton.py", "(j[None, :] < mine[:, None])",
            "(j[None, :] > mine[:, None])", unpinned("ties and triton")),
+    Mutant("triton masks from keys: the next patch's noise", f"{MASKED}/{MASKING}_triton.py",
+           "tl.randint4x(key, patch)", "tl.randint4x(key, patch + 1)",
+           ("test_masks.py", "-k", "every_backend and triton")),
     Mutant("triton pixel loss: biased variance", f"{MASKED}/{PIXEL}_triton.py", "axis=0) / (P - 1)", "axis=0) / P",
            golden("pixel", "triton")),
     Mutant("triton pixel loss: the upstream gradient is ignored", f"{MASKED}/{PIXEL}_triton.py",
@@ -133,6 +147,8 @@ TRITON = [
 NATIVE = [
     Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
            unpinned("ties and cpp")),
+    Mutant("C++ masks from keys: nine rounds", "csrc/philox.h", "round < 10", "round < 9",
+           ("test_masks.py", "-k", "every_backend and cpp")),
     Mutant("C++ pixel loss: biased variance", "csrc/pixels.h", "std::sqrt(square / (n - 1) + eps)",
            "std::sqrt(square / n + eps)", golden("pixel", "cpp")),
     Mutant("C++ pixel loss: writes one element too many", f"csrc/{PIXEL}.cpp", "std::fill_n(out + row * n, n, T(0));",
@@ -178,9 +194,16 @@ NATIVE = [
            accuracy("attention", "cpp"), "amx"),
 ]  # fmt: skip
 
+CUDA = [  # the emulation compiles them for the CPU
+    Mutant("CUDA attention: the next queries come before the last ones are read", "csrc/attention_backward.cu",
+           "if (first > 0) __syncthreads();", "", ("test_cuda_emulation.py", "-k", "awkward_sizes and attention")),
+    Mutant("CUDA sums: every group is the first", "csrc/cuda_sums.cuh", "(first + group * count + m % count)",
+           "(first + m % count)", ("test_cuda_emulation.py", "-k", "test_accuracy and registers")),
+]  # fmt: skip
+
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")
