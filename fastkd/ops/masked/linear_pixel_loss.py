@@ -72,7 +72,7 @@ def _cpp_forward(x, weight, bias, images, ids, affine, patch, norm_pix, eps, uni
         torch.ops.fastkd_cpu.pixel_residual(bias, images, ids, affine, patch, norm_pix, eps, unit, loss, residual)
 
 
-def _backward_through(products: str) -> Callable[..., None]:
+def backward_through(products: str) -> Callable[..., None]:
     """The backward on the products of one backend of `linear`."""
 
     def fill(grad_loss, residual, x, weight, grad_x, grad_weight, grad_bias) -> None:
@@ -93,10 +93,11 @@ def _backward_through(products: str) -> Callable[..., None]:
     return fill
 
 
-fill_backward = _backward_through("reference")
 _TRITON = "fastkd.ops.masked.linear_pixel_loss_triton"
 forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(f"{OP}_backward", reference=fill_backward, cpp=_backward_through("cpp"), triton=f"{_TRITON}:backward")
+backward = Kernel(
+    f"{OP}_backward", reference=backward_through("reference"), cpp=backward_through("cpp"), triton=f"{_TRITON}:backward"
+)
 
 
 @custom_op("linear_pixel_loss")
