@@ -7,6 +7,7 @@ from .blocks.gelu import gelu
 from .blocks.linear import linear
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
+from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.masked_pixel_loss import masked_pixel_loss
@@ -28,6 +29,7 @@ __all__ = [
     "patchify",
     "random_masking",
     "residual_layer_norm",
+    "resized_crop",
     "unpatchify",
     "visible_patch_embed",
 ]
