@@ -5,6 +5,7 @@ from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
 from .blocks.gelu import gelu
 from .blocks.linear import linear
+from .blocks.mlp import mlp
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
@@ -26,6 +27,7 @@ __all__ = [
     "gelu",
     "linear",
     "masked_pixel_loss",
+    "mlp",
     "patchify",
     "random_masking",
     "residual_layer_norm",
