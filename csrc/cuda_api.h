@@ -29,6 +29,10 @@ using Stream = void*;  // cudaStream_t
 const char* random_masking(const View& noise, int64_t keep, int64_t* ids_shuffle, int64_t* ids_restore, float* mask,
                            Stream stream);
 
+// The same with noise drawn from keys: [B] int64.
+const char* random_masking_keyed(const View& keys, int64_t patches, int64_t keep, int64_t* ids_shuffle,
+                                 int64_t* ids_restore, float* mask, Stream stream);
+
 struct PixelLoss {
   View pred;            // [B, K, P], P = patch height * patch width * C
   View images;          // logical [B, C, H, W]

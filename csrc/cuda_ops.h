@@ -76,6 +76,19 @@ inline void random_masking(const Tensor& noise, int64_t keep, const Tensor& ids_
   });
 }
 
+inline void random_masking_keyed(const Tensor& keys, int64_t keep, const Tensor& ids_shuffle,
+                                 const Tensor& ids_restore, const Tensor& mask) {
+  constexpr const char* op = "random_masking";
+  int64_t* shuffle = dense<int64_t>(ids_shuffle, ScalarType::Long, op, "ids_shuffle");
+  int64_t* restore = dense<int64_t>(ids_restore, ScalarType::Long, op, "ids_restore");
+  float* masked = dense<float>(mask, ScalarType::Float, op, "mask");
+  FASTKD_CHECK(keys.scalar_type() == ScalarType::Long, "random_masking", "keys has the wrong dtype");
+  if (mask.numel() == 0) return;
+  on_device_of(keys, op, [&](void* stream) {
+    return cuda::random_masking_keyed(view(keys), mask.size(1), keep, shuffle, restore, masked, stream);
+  });
+}
+
 inline cuda::PixelLoss pixel_loss(const Tensor& pred, const Tensor& images, const Tensor& ids,
                                   const std::optional<Tensor>& weight, const Tensor& affine,
                                   const std::vector<int64_t>& patch, bool norm_pix, double eps) {

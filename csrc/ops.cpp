@@ -36,6 +36,8 @@ namespace fastkd {
 
 STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("random_masking(Tensor noise, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) -> ()");
+  m.def("random_masking_keyed(Tensor keys, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) "
+        "-> ()");
   m.def("masked_pixel_loss(Tensor pred, Tensor images, Tensor ids, Tensor? weight, Tensor affine, int[] patch, "
         "bool norm_pix, float eps, Tensor(a!) loss) -> ()");
   m.def("masked_pixel_loss_backward(Tensor grad_loss, Tensor pred, Tensor images, Tensor ids, Tensor? weight, "
@@ -75,6 +77,7 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("random_masking", TORCH_BOX(&random_masking));
+  m.impl("random_masking_keyed", TORCH_BOX(&random_masking_keyed));
   m.impl("masked_pixel_loss", TORCH_BOX(&masked_pixel_loss));
   m.impl("masked_pixel_loss_backward", TORCH_BOX(&masked_pixel_loss_backward));
   m.impl("feature_alignment_loss", TORCH_BOX(&feature_alignment_loss));
