@@ -24,7 +24,7 @@ def _cubic(x):
     return tl.where(x < 1, near, tl.where(x < 2, far, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "most_taps"])
 def _weights_kernel(boxes, firsts, weights, rows, columns, height, width, most_taps, most_out, BLOCK: tl.constexpr):
     """Of one axis of one image: the first input pixel of each output pixel, and its weights [most_taps, most_out].
 
@@ -62,6 +62,31 @@ def _window(length, out):
 
 
 @triton.jit
+def _down(sums, source, limit, pitch, firsts, weights, line, byte, lines, read, count, most_out):
+    """sums + weights of each output line x the lines of its window."""
+    at = tl.load(firsts + line, mask=line < lines, other=0) * pitch + byte
+    for t in range(0, count):
+        w = tl.load(weights + t * most_out + line, mask=line < lines, other=0)
+        x = tl.load(source + at, mask=read & (at >= 0) & (at < limit), other=0)
+        sums += x.to(tl.int32) * w
+        at += pitch
+    return sums
+
+
+@triton.jit
+def _across(sums, source, limit, line_start, firsts, weights, column, width, read, count, most_out, C: tl.constexpr):
+    """sums + weights of each output column x the pixels of its window."""
+    inside = (column >= 0) & (column < width)
+    at = line_start + tl.load(firsts + column, mask=inside, other=0) * C
+    for t in range(0, count):
+        w = tl.load(weights + t * most_out + column, mask=inside, other=0)
+        x = tl.load(source + at, mask=read & (at >= 0) & (at < limit), other=0)
+        sums += x.to(tl.int32) * w
+        at += C
+    return sums
+
+
+@triton.jit(do_not_specialize=["limit", "rows", "columns", "most_taps", "between"])  # they differ from batch to batch
 def _pass_kernel(
     source, target, offsets, sizes, boxes, flip, firsts, weights, limit, rows, columns, height, width, most_taps,
     most_out, between, C: tl.constexpr, SECOND: tl.constexpr, LINES: tl.constexpr, BYTES: tl.constexpr,
@@ -89,27 +114,22 @@ def _pass_kernel(
     sums = tl.full([LINES, BYTES], _HALF, tl.int32)
     firsts += image * 2 * most_out
     weights += image * 2 * most_taps * most_out
+    read = valid & (start >= 0)
     if down:
-        first = tl.load(firsts + line, mask=line < lines, other=0)
-        at = start + first * pitch + byte
-        for t in range(0, tl.minimum(_window(tall, height), most_taps)):
-            w = tl.load(weights + t * most_out + line, mask=line < lines, other=0)
-            x = tl.load(source + at, mask=valid & (at >= 0) & (at < limit), other=0)
-            sums += x.to(tl.int32) * w
-            at += pitch
+        count = tl.minimum(_window(tall, height), most_taps)
+        sums = _down(
+            sums, source + start, limit - start, pitch, firsts, weights, line, byte, lines, read, count, most_out
+        )
     else:
-        mirrored = tl.load(flip + image) != 0
+        count = tl.minimum(_window(wide, width), most_taps)
         column = byte // C
-        column = tl.where(mirrored, width - 1 - column, column)
-        inside = (column >= 0) & (column < width)
-        first = tl.load(firsts + most_out + column, mask=inside, other=0)
-        at = start + line * pitch + first * C + byte % C
+        column = tl.where(tl.load(flip + image) != 0, width - 1 - column, column)
+        firsts += most_out
         weights += most_taps * most_out
-        for t in range(0, tl.minimum(_window(wide, width), most_taps)):
-            w = tl.load(weights + t * most_out + column, mask=inside, other=0)
-            x = tl.load(source + at, mask=valid & (at >= 0) & (at < limit), other=0)
-            sums += x.to(tl.int32) * w
-            at += C
+        at = line * pitch + byte % C
+        sums = _across(
+            sums, source + start, limit - start, at, firsts, weights, column, width, read, count, most_out, C
+        )
     tl.store(to, tl.minimum(tl.maximum(sums >> _PLACES, 0), 255).to(tl.uint8), mask=valid)
 
 
