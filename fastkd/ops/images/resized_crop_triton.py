@@ -62,25 +62,25 @@ def _window(length, out):
 
 
 @triton.jit
-def _down(sums, source, limit, pitch, firsts, weights, line, byte, lines, read, count, most_out):
-    """sums + weights of each output line x the lines of its window."""
-    at = tl.load(firsts + line, mask=line < lines, other=0) * pitch + byte
+def _down(sums, source, limit, at, pitch, firsts, weights, line, lines, valid, count, most_out):
+    """sums + weights of each output line x the lines of its window; `at`: the bytes of the first input line."""
+    at += tl.load(firsts + line, mask=line < lines, other=0) * pitch
     for t in range(0, count):
         w = tl.load(weights + t * most_out + line, mask=line < lines, other=0)
-        x = tl.load(source + at, mask=read & (at >= 0) & (at < limit), other=0)
+        x = tl.load(source + at, mask=valid & (at >= 0) & (at < limit), other=0)
         sums += x.to(tl.int32) * w
         at += pitch
     return sums
 
 
 @triton.jit
-def _across(sums, source, limit, line_start, firsts, weights, column, width, read, count, most_out, C: tl.constexpr):
-    """sums + weights of each output column x the pixels of its window."""
+def _across(sums, source, limit, at, firsts, weights, column, width, valid, count, most_out, C: tl.constexpr):
+    """sums + weights of each output column x the pixels of its window; `at`: the first pixel of the input line."""
     inside = (column >= 0) & (column < width)
-    at = line_start + tl.load(firsts + column, mask=inside, other=0) * C
+    at += tl.load(firsts + column, mask=inside, other=0) * C
     for t in range(0, count):
         w = tl.load(weights + t * most_out + column, mask=inside, other=0)
-        x = tl.load(source + at, mask=read & (at >= 0) & (at < limit), other=0)
+        x = tl.load(source + at, mask=valid & (at >= 0) & (at < limit), other=0)
         sums += x.to(tl.int32) * w
         at += C
     return sums
@@ -114,22 +114,17 @@ def _pass_kernel(
     sums = tl.full([LINES, BYTES], _HALF, tl.int32)
     firsts += image * 2 * most_out
     weights += image * 2 * most_taps * most_out
-    read = valid & (start >= 0)
     if down:
         count = tl.minimum(_window(tall, height), most_taps)
-        sums = _down(
-            sums, source + start, limit - start, pitch, firsts, weights, line, byte, lines, read, count, most_out
-        )
+        sums = _down(sums, source, limit, start + byte, pitch, firsts, weights, line, lines, valid, count, most_out)
     else:
         count = tl.minimum(_window(wide, width), most_taps)
         column = byte // C
         column = tl.where(tl.load(flip + image) != 0, width - 1 - column, column)
         firsts += most_out
         weights += most_taps * most_out
-        at = line * pitch + byte % C
-        sums = _across(
-            sums, source + start, limit - start, at, firsts, weights, column, width, read, count, most_out, C
-        )
+        at = start + line * pitch + byte % C
+        sums = _across(sums, source, limit, at, firsts, weights, column, width, valid, count, most_out, C)
     tl.store(to, tl.minimum(tl.maximum(sums >> _PLACES, 0), 255).to(tl.uint8), mask=valid)
 
 
