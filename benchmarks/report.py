@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import common
+import data_tables
 import ops_page
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
@@ -180,6 +181,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "dmae_cpu_stages": if_measured(stage_table),
     "gpu": gpu_table,
     "demo": demo_table,
+    "loaders": data_tables.loader_table,
+    "masks_per_image": data_tables.masks_table,
 }
 
 
