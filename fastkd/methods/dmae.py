@@ -150,7 +150,13 @@ class DMAE(nn.Module):
         return self
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, keys: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        keys: Tensor | None = None,
+        *,
+        return_pred: bool = False,
     ) -> dict[str, Tensor]:
         """One training forward.
 
@@ -158,11 +164,11 @@ class DMAE(nn.Module):
             imgs: uint8 [B, H, W, C], or floating [B, C, H, W] normalised with the student's mean and std.
             mask_ratio: share of masked patches.
             noise, keys: optional [B, L] or [B] int64 that fix the masks, see `fastkd.ops.random_masking`.
+            return_pred: whether predictions are wanted too; the loss alone is made without storing them.
 
         Returns:
-            loss, pixel_loss, align_loss: float32 scalars;
-            pred: [B, m, p * p * C] predictions and ids_pred [B, m] int64 their patches (both absent without
-            reconstruction); mask [B, L], 1 = masked.
+            loss, pixel_loss, align_loss: float32 scalars; mask [B, L], 1 = masked;
+            with return_pred and reconstruction also pred [B, m, p * p * C] and ids_pred [B, m] int64, its patches.
         """
         batch, device = imgs.shape[0], imgs.device
         masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, keys=keys, device=device)
@@ -176,7 +182,7 @@ class DMAE(nn.Module):
         zero = torch.zeros((), device=imgs.device)
         pixel_loss = align_loss = zero
         if self.reconstruct:
-            pixel_loss, extra = self._reconstruct(imgs, masking, features.tokens)
+            pixel_loss, extra = self._reconstruct(imgs, masking, features.tokens, return_pred)
             result.update(extra)
         if beside is not None:
             torch.cuda.current_stream(device).wait_stream(beside)
@@ -199,22 +205,25 @@ class DMAE(nn.Module):
             )
         return self.teacher(imgs, ids_keep, mean=mean, std=std)
 
-    def _reconstruct(self, imgs: Tensor, masking: Masking, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reconstruct(
+        self, imgs: Tensor, masking: Masking, tokens: Tensor, return_pred: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         visible, total = masking.ids_keep.shape[1], masking.ids_shuffle.shape[1]
         if visible == total:
             raise ValueError("DMAE: mask_ratio: got a ratio that masks no patch, expected at least one masked patch")
         # The masked part of ids_shuffle is in random order, so its beginning is a uniform random subset.
         wanted = max(1, round(self.decode_fraction * (total - visible)))
-        ids = masking.ids_shuffle[:, : visible + wanted]
+        ids, student = masking.ids_shuffle[:, : visible + wanted], self.student
         with record_function("fastkd.decoder"):
-            pred = self.student.decode(tokens, ids)
-        ids_pred = ids[:, visible:]
+            features = student.decode_features(tokens, ids)
+        ids_pred, head = ids[:, visible:], student.decoder_pred
         with record_function("fastkd.pixel_loss"):
-            statistics = dict(mean=self.student.mean, std=self.student.std) if imgs.dtype == torch.uint8 else {}
-            loss = ops.masked_pixel_loss(
-                pred, imgs, ids_pred, self.student.patch_size, self.student.norm_pix_loss, **statistics
-            )
-        return loss, {"pred": pred, "ids_pred": ids_pred}
+            statistics = dict(mean=student.mean, std=student.std) if imgs.dtype == torch.uint8 else {}
+            loss = ops.linear_pixel_loss(
+                features, head.weight, head.bias, imgs, ids_pred,
+                student.patch_size, student.norm_pix_loss, **statistics,
+            )  # fmt: skip
+        return loss, {"pred": head(features), "ids_pred": ids_pred} if return_pred else {}
 
     def _align(self, head: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = self._same_tokens(student, teacher)

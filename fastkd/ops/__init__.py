@@ -11,6 +11,7 @@ from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
+from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
@@ -26,6 +27,7 @@ __all__ = [
     "feature_alignment_loss",
     "gelu",
     "linear",
+    "linear_pixel_loss",
     "masked_pixel_loss",
     "mlp",
     "patchify",

@@ -106,8 +106,8 @@ class DistillConfig:
     """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    cuda_graph: bool | None = None
-    """Capture the training step as one CUDA graph; by default where one process trains on a GPU."""
+    cuda_graph: bool = True
+    """Run the training step as one CUDA graph where one process trains on a GPU; --no-cuda-graph: kernel by kernel."""
     workers: int = -1
     """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
 

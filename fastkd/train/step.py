@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.data import Batch
 
-from .config import ConfigError, DistillConfig, problem
+from .config import DistillConfig
 from .distributed import Processes
 from .track import LOSSES
 
@@ -49,17 +49,12 @@ class CudaGraphs:
 
 
 def choose_graphs(config: DistillConfig, group: Processes) -> CudaGraphs | None:
-    """Graphs for one process on a GPU, unless --no-cuda-graph; ConfigError where they are asked for in vain.
+    """Graphs for one process on a GPU, unless --no-cuda-graph.
 
     Several processes run eagerly: DistributedDataParallel overlaps its all-reduce with backward.
     """
-    possible = group.device.type == "cuda" and group.world_size == 1
-    if config.cuda_graph and not possible:
-        fix = "leave it away: graphs are used where they can be"
-        raise ConfigError(
-            [problem("cuda_graph", True, f"one process on a GPU, not {group.world_size} on {group.device}", fix)]
-        )
-    return CudaGraphs(group.device) if possible and config.cuda_graph is not False else None
+    wanted = config.cuda_graph and group.device.type == "cuda" and group.world_size == 1
+    return CudaGraphs(group.device) if wanted else None
 
 
 class TrainingStep:
