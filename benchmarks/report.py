@@ -26,7 +26,7 @@ import ops_page
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/data.md")
 MARKER = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
