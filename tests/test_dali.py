@@ -61,6 +61,14 @@ def test_views_are_those_of_pillow(pictures, workers, channels):
     assert_close(take(DaliLoader(pictures, workers=workers, **options), 6), take(ImageLoader(pictures, **options), 6))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_views_decoded_on_a_gpu(pictures):
+    options = dict(size=SIZE, batch_size=4, seed=5)
+    ours = take(DaliLoader(pictures, workers=2, device="cuda", **options), 6)
+    assert all(batch.images.is_cuda for batch in ours)
+    assert_close([batch.to("cpu") for batch in ours], take(ImageLoader(pictures, **options), 6))
+
+
 def test_resumed_ranks_and_masks(pictures):
     options = dict(size=SIZE, masks_per_image=2)
     whole = take(ImageLoader(pictures, batch_size=8, **options), 6)

@@ -154,6 +154,15 @@ def test_what_goes_to_a_gpu_is_one_buffer_of_crops(packed):
     assert torch.equal(moved.images, expected.images) and torch.equal(moved.keys, expected.keys)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("masks", [1, 2])
+def test_batches_on_a_gpu_are_those_of_the_cpu(packed, masks):
+    options = dict(size=SIZE, batch_size=4, masks_per_image=masks)
+    ours = take(ImageLoader(packed, device="cuda", workers=1, **options), 5)
+    assert all(batch.images.is_cuda and batch.keys.is_cuda for batch in ours)
+    assert_same([batch.to("cpu") for batch in ours], take(ImageLoader(packed, **options), 5))
+
+
 def test_channels_must_be_those_that_were_packed(packed):
     with pytest.raises(ValueError, match="channels: got 1, expected 3 as packed .* pack again with --channels 1"):
         ImageLoader(packed, SIZE, 4, channels=1)

@@ -89,7 +89,9 @@ class DaliLoader(ImageLoader):
 
         gpu = self.device.type == "cuda"
         kind = types.RGB if self._views.channels == 3 else types.GRAY
-        index = (self.device.index or torch.cuda.current_device()) if gpu else None
+        index = self.device.index
+        if gpu and index is None:
+            index = torch.cuda.current_device()
 
         @pipeline_def(
             batch_size=self.batch_size // self.masks_per_image, num_threads=self._threads, device_id=index,
