@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import changes
 import common
 import data_tables
 import device_record
@@ -185,6 +186,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo_table,
     "loaders": data_tables.loader_table,
     "masks_per_image": data_tables.masks_table,
+    "changes": changes.table,
     "floors": floors.floor_table,
     "scale": floors.scale_table,
 }

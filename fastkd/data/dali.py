@@ -7,6 +7,7 @@ rotations, CMYK, cut files) takes Pillow's way in the worker that reads it, so i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import time
@@ -52,9 +53,14 @@ class DaliLoader(ImageLoader):
         self._files = _Files(self._views)
 
     def _loaded(self) -> Iterator[Batch]:
-        read = iter(
-            DataLoader(self._files, sampler=self._keys(self._position), **self._options | dict(pin_memory=False))
-        )
+        with contextlib.closing(self._read()) as read:  # DALI may keep `source`; the workers end here all the same
+            yield from self._decoded(read)
+
+    def _read(self) -> Iterator[Files]:
+        options = self._options | dict(pin_memory=False)
+        yield from DataLoader(self._files, sampler=self._keys(self._position), **options)
+
+    def _decoded(self, read: Iterator[Files]) -> Iterator[Batch]:
         waiting: deque[Files] = deque()
 
         def source() -> tuple[list[np.ndarray], ...]:

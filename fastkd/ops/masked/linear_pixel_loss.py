@@ -78,7 +78,10 @@ def _backward_through(products: str) -> Callable[..., None]:
     def fill(grad_loss, residual, x, weight, grad_x, grad_weight, grad_bias) -> None:
         scale = grad_loss * (2 / (residual.numel() * _unit(len(residual))))
         if grad_x is not None:
-            _linear.grad_input.implementation(products)(residual, weight.to(scale.dtype) * scale, grad_x)
+            # The gradient of W, which is made next, lends its memory to s W.
+            scaled = torch.empty_like(weight, dtype=scale.dtype) if grad_weight is None else grad_weight
+            torch.mul(weight.to(scale.dtype), scale, out=scaled)
+            _linear.grad_input.implementation(products)(residual, scaled, grad_x)
         if grad_weight is not None:
             _linear.grad_weight.implementation(products)(residual, x, grad_weight, grad_bias)
             grad_weight.mul_(scale)
