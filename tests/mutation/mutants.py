@@ -43,6 +43,11 @@ LINEAR_PIXEL = "linear_pixel_loss"
 EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
 
 PYTHON = [
+    Mutant("packed crops forget the flip's draw", "fastkd/data/crops.py", "flips.append(random.random() < self.flip)",
+           "flips.append(False)", ("test_pack.py", "-k", "those_of_the_folder")),
+    Mutant("several masks: the same key for all", "fastkd/data/loader.py",
+           "random.integers(1 << 63, size=masks)", "np.repeat(random.integers(1 << 63, size=1), masks)",
+           ("test_pack.py", "-k", "several_masks")),
     Mutant("pixel loss: the mask is dropped", f"{MASKED}/{PIXEL}.py",
            "weight = (mask / total).contiguous()", "weight = torch.full_like(mask, 1 / mask.numel())", golden("pixel")),
     Mutant("pixel loss: mean over images instead of the batch", f"{MASKED}/{PIXEL}.py",
@@ -123,6 +128,9 @@ PYTHON = [
 ]  # fmt: skip
 
 TRITON = [
+    Mutant("triton crop: sums are cut before they are shifted", "fastkd/ops/images/resized_crop_triton.py",
+           "tl.minimum(tl.maximum(sums >> _PLACES, 0), 255)", "tl.minimum(tl.maximum(sums, 0) >> _PLACES, 254)",
+           ("test_resized_crop.py", "-k", "order_of_the_axes and triton")),
     Mutant("triton masking: off by one", f"{MASKED}/{MASKING}_triton.py", "(rank >= keep)", "(rank > keep)",
            golden("masking", "triton")),
     Mutant("triton masking: ties the other way", f"{MASKED}/{MASKING}_triton.py",
@@ -205,6 +213,11 @@ NATIVE = [
            accuracy("mlp", "cpp"), "amx"),
     Mutant("C++ linear: bias gradient without the last columns", "csrc/gemm_amx.h", "_mm512_storeu_ps(sums + i, sum);",
            "if (i < 16) _mm512_storeu_ps(sums + i, sum);", accuracy("linear", "cpp"), "amx"),
+    Mutant("C++ crop: negative weights are rounded up", "csrc/resized_crop.cpp",
+           "scaled < 0 ? scaled - 0.5 : scaled + 0.5", "scaled + 0.5", ("test_resized_crop.py", "-k", "bits and cpp")),
+    Mutant("C++ crop: columns always first", "csrc/resized_crop.cpp",
+           "if (tall > height && tall - height > 2 * (wide - width)) {", "if (false) {",
+           ("test_resized_crop.py", "-k", "order_of_the_axes and cpp")),
     Mutant("AMX attention: delta of the row before", "csrc/attention_amx.h",
            "_mm512_loadu_ps(slope[r] + j), delta[r])", "_mm512_loadu_ps(slope[r] + j), delta[0])",
            accuracy("attention", "cpp"), "amx"),
