@@ -5,6 +5,9 @@ from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
 from .blocks.gelu import gelu
 from .blocks.linear import linear
+from .blocks.linear_fp8 import linear_fp8
+from .blocks.linear_int8 import linear_int8
+from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .masked.decoder_assemble import decoder_assemble
@@ -24,8 +27,11 @@ __all__ = [
     "feature_alignment_loss",
     "gelu",
     "linear",
+    "linear_fp8",
+    "linear_int8",
     "masked_pixel_loss",
     "patchify",
+    "quantize_rows",
     "random_masking",
     "residual_layer_norm",
     "unpatchify",

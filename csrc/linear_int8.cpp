@@ -1,0 +1,101 @@
+// A linear layer on 8-bit integers: rows of x are quantised as they are packed, and the exact sums become floats on the
+// way out. The weight comes packed (fastkd/ops/blocks/linear_int8.py).
+#include "convert.h"
+#include "gemm_int8.h"
+
+namespace fastkd {
+namespace {
+
+// One row to codes round(x 127 / max |x|), zero from `width` to the end of its last tile, 64 to a tile of 16 rows.
+// Returns the scale. All in float32 with the roundings of the reference; a NaN anywhere makes the scale NaN.
+template <class T>
+inline float quantize_row(const T* x, int64_t width, int64_t tiles, int8_t* to, int32_t& row_sum) {
+  float line[64];
+  const auto next = [&](int64_t l) {
+    const int64_t here = std::min<int64_t>(64, width - 64 * l);
+    convert_row(x + 64 * l, here, line);
+    std::fill(line + here, line + 64, 0.0f);
+  };
+  const auto magnitude = [](float value) {  // compares like |value|, NaN above all
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits & 0x7fffffff;
+  };
+  int32_t largest = magnitude(1e-30f);
+  for (int64_t l = 0; l < tiles; ++l) {
+    next(l);
+#pragma omp simd reduction(max : largest)
+    for (int64_t k = 0; k < 64; ++k) largest = std::max(largest, magnitude(line[k]));
+  }
+  float size;
+  std::memcpy(&size, &largest, 4);
+  const float inverse = 127.0f / size;
+  int32_t sum = 0;
+  for (int64_t l = 0; l < tiles; ++l, to += int8::kTile) {
+    next(l);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < 64; ++k) {
+      const int32_t code = static_cast<int32_t>(__builtin_rintf(line[k] * inverse));
+      to[k] = static_cast<int8_t>(code);
+      sum += to[k];
+    }
+  }
+  row_sum = sum;
+  return size / 127.0f;
+}
+
+template <class Kernel, class T>
+void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                    const Tensor& out) {
+  using A = Accumulate<T>;
+  const int64_t m = x.size(0), depth = x.size(1), n = scale.size(0), tiles = (depth + 63) / 64;
+  const T* from = data<T>(x);
+  T* to = mutable_data<T>(out);
+  std::vector<A> factor(round_up(n, 32)), shift(round_up(n, 32));
+  std::copy_n(data<float>(scale), n, factor.begin());
+  if (bias) std::copy_n(data<float>(*bias), n, shift.begin());
+  std::vector<float> row_scale(round_up(m, 32));
+  int8::gemm<Kernel>(
+      m, n, depth, data<int8_t>(packed),
+      [&](int64_t row, int8_t* strip, int32_t* row_sums) {
+        for (int64_t r = 0; r < std::min<int64_t>(16, m - row); ++r)
+          row_scale[row + r] = quantize_row(from + (row + r) * x.stride(0), depth, tiles, strip + 64 * r, row_sums[r]);
+      },
+      [&](int64_t i, int64_t j, const int32_t* c) {
+        const A *f = factor.data() + j, *s = shift.data() + j;
+        for (int64_t r = 0; r < std::min<int64_t>(32, m - i); ++r, c += 32) {
+          A line[32];
+          const A mine = row_scale[i + r];
+#pragma omp simd
+          for (int64_t k = 0; k < 32; ++k) line[k] = static_cast<A>(c[k]) * (mine * f[k]) + s[k];
+          convert_row(line, std::min<int64_t>(32, n - j), to + (i + r) * n + j);
+        }
+      });
+}
+
+}  // namespace
+
+// x [M, K] floating with dense rows, packed [ceil(N / 32) * 2, ceil(K / 64) * 16, 16, 4] int8, scale [N] and bias [N]
+// float32 -> out [M, N] like x.
+void linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                 const Tensor& out) {
+  const int64_t m = x.size(0), depth = x.size(1), n = scale.size(0);
+  const bool sizes = packed.numel() == round_up(n, 32) * round_up(depth, 64) && out.size(0) == m && out.size(1) == n;
+  FASTKD_CHECK(sizes && (depth == 1 || x.stride(1) == 1) && packed.is_contiguous() && scale.is_contiguous() &&
+                   out.is_contiguous() && packed.scalar_type() == ScalarType::Char &&
+                   scale.scalar_type() == ScalarType::Float && out.scalar_type() == x.scalar_type() &&
+                   (!bias || (bias->is_contiguous() && bias->size(0) == n && bias->scalar_type() == ScalarType::Float)),
+               "linear_int8", "shapes, dtypes or strides do not match");
+  for_float(x.scalar_type(), "linear_int8", [&](auto type) {
+    using T = typename decltype(type)::type;
+#if defined(FASTKD_AMX) && defined(__AMX_INT8__)
+    if (int8::Amx::available()) return linear_int8_on<int8::Amx, T>(x, packed, scale, bias, out);
+#endif
+#if defined(__AVX512F__)
+    if (int8::Vnni::available()) return linear_int8_on<int8::Vnni, T>(x, packed, scale, bias, out);
+#endif
+    linear_int8_on<int8::Plain, T>(x, packed, scale, bias, out);
+  });
+}
+
+}  // namespace fastkd
