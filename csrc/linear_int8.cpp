@@ -2,45 +2,67 @@
 // way out. The weight comes packed (fastkd/ops/blocks/linear_int8.py).
 #include "convert.h"
 #include "gemm_int8.h"
+#include "simd.h"
 
 namespace fastkd {
 namespace {
+
+using V = Simd<float>::type;
+typedef int32_t Int __attribute__((vector_size(64)));
+
+// 16 numbers at p, of which `count` exist; the others are zero.
+template <class T>
+inline V load16(const T* p, int64_t count) {
+  alignas(64) float line[16] = {};
+  convert_row(p, std::min<int64_t>(count, 16), line);
+  return Simd<float>::load(line);
+}
+#if defined(__AVX512BF16__)
+inline V load16(const BFloat16* p, int64_t count) {
+  const __m256i bits = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                   : _mm256_maskz_loadu_epi16((1 << count) - 1, p);
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+#endif
+
+// To the nearest integer, to even where two are equally near, as 16 bytes.
+inline void store_codes(V x, int8_t* to, Int& sum) {
+#if defined(__AVX512F__)
+  const __m512i codes = _mm512_cvtps_epi32((__m512)x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
+  sum += (Int)codes;
+#else
+  for (int64_t k = 0; k < 16; ++k) {
+    const int32_t code = static_cast<int32_t>(__builtin_rintf(x[k]));
+    to[k] = static_cast<int8_t>(code);
+    sum[k] += code;
+  }
+#endif
+}
 
 // One row to codes round(x 127 / max |x|), zero from `width` to the end of its last tile, 64 to a tile of 16 rows.
 // Returns the scale. All in float32 with the roundings of the reference; a NaN anywhere makes the scale NaN.
 template <class T>
 inline float quantize_row(const T* x, int64_t width, int64_t tiles, int8_t* to, int32_t& row_sum) {
-  float line[64];
-  const auto next = [&](int64_t l) {
-    const int64_t here = std::min<int64_t>(64, width - 64 * l);
-    convert_row(x + 64 * l, here, line);
-    std::fill(line + here, line + 64, 0.0f);
-  };
-  const auto magnitude = [](float value) {  // compares like |value|, NaN above all
-    int32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits & 0x7fffffff;
-  };
-  int32_t largest = magnitude(1e-30f);
-  for (int64_t l = 0; l < tiles; ++l) {
-    next(l);
-#pragma omp simd reduction(max : largest)
-    for (int64_t k = 0; k < 64; ++k) largest = std::max(largest, magnitude(line[k]));
+  constexpr int32_t size_bits = 0x7fffffff, tiny = 0x0da24260;  // 1e-30; sizes compare as integers do, NaN above all
+  Int most = Int{} + tiny;
+  for (int64_t i = 0; i < width; i += 16) {
+    const Int size = (Int)load16(x + i, width - i) & size_bits;
+    most = size > most ? size : most;
   }
+  int32_t largest = tiny;
+  for (int64_t k = 0; k < 16; ++k) largest = std::max(largest, most[k]);
   float size;
   std::memcpy(&size, &largest, 4);
   const float inverse = 127.0f / size;
-  int32_t sum = 0;
-  for (int64_t l = 0; l < tiles; ++l, to += int8::kTile) {
-    next(l);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < 64; ++k) {
-      const int32_t code = static_cast<int32_t>(__builtin_rintf(line[k] * inverse));
-      to[k] = static_cast<int8_t>(code);
-      sum += to[k];
+  Int sum = {};
+  for (int64_t l = 0; l < tiles; ++l, to += int8::kTile)
+    for (int64_t k = 0; k < 64; k += 16) {
+      const int64_t i = 64 * l + k;
+      store_codes(i < width ? load16(x + i, width - i) * inverse : V{}, to + k, sum);
     }
-  }
-  row_sum = sum;
+  row_sum = 0;
+  for (int64_t k = 0; k < 16; ++k) row_sum += sum[k];
   return size / 127.0f;
 }
 

@@ -26,12 +26,8 @@ CAPABILITY = (8, 9)
 
 
 def pack_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises the weight [out, in] of a linear layer for `linear_fp8`: codes [out, in] as uint8, scale [out] float32.
-
-    As uint8, because a module that is cast, to bfloat16 say, would cast float8 along.
-    """
-    codes, scale = quantize_rows(weight.detach(), "fp8")
-    return codes.view(torch.uint8), scale
+    """Quantises the weight [out, in] of a linear layer for `linear_fp8`: codes [out, in] uint8, scale [out] float32."""
+    return quantize_rows(weight.detach(), "fp8")
 
 
 @functools.cache
@@ -48,16 +44,17 @@ def _emulated(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> T
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     q, q_scale = quantize_rows(x, "fp8")
     result = torch.empty(x.shape[0], scale.shape[0], dtype=wide, device=x.device)
-    weight = codes.view(torch.float8_e4m3fn).to(wide).t()
-    torch.mm(q.to(wide), weight, out=result)  # an `out=` call: autocast leaves it alone
+    q, weight = (t.view(torch.float8_e4m3fn).to(wide) for t in (q, codes))
+    torch.mm(q, weight.t(), out=result)  # an `out=` call: autocast leaves it alone
     result *= q_scale.to(wide)[:, None] * scale.to(wide)
     return (result if bias is None else result + bias.to(wide)).to(x.dtype)
 
 
 def _on_tensor_cores(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     q, q_scale = quantize_rows(x, "fp8")
-    return torch._scaled_mm(
-        q, codes.view(torch.float8_e4m3fn).t(), scale_a=q_scale[:, None], scale_b=scale[None],
+    q, weight = (t.view(torch.float8_e4m3fn) for t in (q, codes))
+    return torch._scaled_mm(  # wants its second operand column-major, which the transpose is
+        q, weight.t(), scale_a=q_scale[:, None], scale_b=scale[None],
         bias=None if bias is None else bias.to(x.dtype), out_dtype=x.dtype, use_fast_accum=False,
     )  # fmt: skip
 

@@ -18,8 +18,8 @@ from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
 OP = "quantize_rows"
-# dtype of the codes and L
-FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+# dtype of the codes and L; e4m3 as its bits, since torch knows little to do with float8 tensors
+FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.uint8, 448.0)}
 TINY = 1e-30  # least maximum of a row: its inverse is finite, and a row of zeros has the codes 0
 
 
@@ -28,7 +28,7 @@ def _fill(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp_min(TINY)
     scaled = x * (torch.full_like(largest, limit) / largest)  # number / tensor would multiply by the reciprocal
-    codes.copy_((scaled.round() if codes.dtype == torch.int8 else scaled).to(codes.dtype))
+    codes.copy_(scaled.round() if codes.dtype == torch.int8 else scaled.to(torch.float8_e4m3fn).view(torch.uint8))
     scale.copy_(largest.div(limit).squeeze(-1))
 
 
@@ -60,7 +60,7 @@ def quantize_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
         format: ``"int8"`` or ``"fp8"`` (e4m3).
 
     Returns:
-        codes [N, D] int8 or float8_e4m3fn and scale [N] float32, neither with a gradient. A row that holds NaN or
+        codes [N, D] int8, or uint8 to be seen through `view(torch.float8_e4m3fn)`; scale [N] float32. No gradients. A row that holds NaN or
         infinity has such a scale too, so that a product made of it shows it.
 
     Raises:
@@ -95,6 +95,7 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
 def _law(kwargs: dict) -> None:
     """Codes times scale is x, to half a step of the format at that size."""
     codes, scale = quantize_rows(**kwargs)
+    codes = codes if kwargs["format"] == "int8" else codes.view(torch.float8_e4m3fn)
     x, back = kwargs["x"].double(), codes.double() * scale.double()[:, None]
     step = scale.double()[:, None]  # int8: one step everywhere; fp8: 2^-3 of the power of two, 2^-9 at least
     if kwargs["format"] == "fp8":

@@ -39,13 +39,13 @@ def _quantize_kernel(x, codes, scale, width, stride, FP8: tl.constexpr, BLOCK: t
 
 
 def quantize(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """x [N, D] with contiguous rows -> codes [N, D] int8 or float8_e4m3fn, scale [N] float32."""
+    """x [N, D] with contiguous rows -> codes [N, D] int8 or uint8 (the bits of e4m3), scale [N] float32."""
     rows, width = x.shape
     if rows == 0:
         return
     fp8 = codes.dtype != torch.int8
     block = triton.next_power_of_2(width)
     _quantize_kernel[(rows,)](
-        x, codes.view(torch.uint8) if fp8 else codes, scale, width, x.stride(0),
+        x, codes, scale, width, x.stride(0),
         FP8=fp8, BLOCK=block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
