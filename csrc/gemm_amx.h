@@ -93,11 +93,12 @@ inline void pack(const Operand& operand, int64_t begin, int64_t end, int64_t fir
 }
 
 // c [32][32] = (or +=) A B over `depth` tiles; a and b are two packed strips each, one after the other.
-// Meanwhile the place of the result is brought into the cache: a store that waits for memory costs more than a product.
-template <bool TWO, class T>
+// Meanwhile the place of the result is brought into the cache, a store that waits for memory costs more than a product,
+// and the block before is finished: the tile unit works by itself, and vector instructions between its own are free.
+template <bool TWO, class Fetch, class Meanwhile>
 inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* b, int64_t strip_b, float* c, bool add,
-                     const T* result, int64_t row) {
-  constexpr int64_t lines = (TWO ? 32 : 16) * sizeof(T) / 2;  // of 64 bytes
+                     const Fetch& fetch, const Meanwhile& meanwhile) {
+  constexpr int64_t rows = TWO ? 32 : 16;
   if (add) {
     _tile_loadd(0, c, 128);
     _tile_loadd(1, c + 16, 128);
@@ -110,8 +111,7 @@ inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* 
     if (TWO) _tile_zero(3);
   }
   for (int64_t l = 0; l < depth; ++l, a += kTile, b += kTile) {
-    for (int64_t k = lines * l / depth; k < lines * (l + 1) / depth; ++k)
-      _m_prefetchw(const_cast<T*>(result + k * 2 / sizeof(T) * row + k * 32 % (64 / sizeof(T))));
+    for (int64_t i = rows * l / depth; i < rows * (l + 1) / depth; ++i) fetch(i);
     _tile_stream_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + strip_b, 64);
@@ -120,6 +120,7 @@ inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* 
     _tile_dpbf16ps(1, 4, 7);
     if (TWO) _tile_dpbf16ps(2, 5, 6);
     if (TWO) _tile_dpbf16ps(3, 5, 7);
+    meanwhile(l + 1, depth);
   }
   _tile_stored(0, c, 128);
   _tile_stored(1, c + 16, 128);
@@ -127,10 +128,23 @@ inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* 
   if (TWO) _tile_stored(3, c + 528, 128);
 }
 
-// C [m, n] = A [m, depth] B [depth, n]. finish(i, j, rows, columns, c) takes the block of C at (i, j) from c [32][32]
-// and writes it to `out`, row-major without gaps.
-template <class A, class B, class T, class Finish>
-void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b, T* out, const Finish& finish) {
+// Brings 32 values of a row of a matrix into the cache.
+template <class T>
+inline void fetch_to_write(T* p) {
+  for (size_t at = 0; at < 32; at += 64 / sizeof(T)) _m_prefetchw(p + at);
+}
+template <class T>
+inline void fetch_to_read(const T* p) {
+  for (size_t at = 0; at < 32; at += 64 / sizeof(T)) _mm_prefetch(p + at, _MM_HINT_T0);
+}
+
+// C [m, n] = A [m, depth] B [depth, n].
+//   fetch(i, j)                       32 values of row i of C from column j are about to be finished
+//   finish(i, j, rows, columns, c)    takes `rows` x `columns` values of C at (i, j) from c [rows][32], at most 32 x 32
+// j is a multiple of 32.
+template <class A, class B, class Fetch, class Finish>
+void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b, const Fetch& fetch,
+          const Finish& finish) {
   if (m == 0 || n == 0) return;
   const int64_t rows = (m + 31) / 32, columns = (n + 31) / 32;
   const int64_t tiles = std::max<int64_t>(1, (depth + 31) / 32), strip = tiles * kTile;  // a sum of nothing is 0
@@ -152,30 +166,30 @@ void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b,
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / cuts * chunk, count = std::min(chunk, rows - first), left = task % cuts * cut;
       pack(pack_a, 0, 2 * count, 2 * first, tiles, left == 0, a);
-      // A block is finished after the next one is multiplied: loads that follow tile stores at once would stall.
-      struct { int64_t i, j; const float* c = nullptr; } done;
-      const auto finish_block = [&] {
-        if (done.c)
-          finish(done.i, done.j, std::min<int64_t>(32, m - done.i), std::min<int64_t>(32, n - done.j), done.c);
-        done.c = nullptr;
+      // A block is finished while the next one is multiplied: loads that follow tile stores at once would stall.
+      struct { int64_t i, j, rows = 0, columns; const float* c; } before;
+      int64_t finished = 0;
+      const auto finish_share = [&](int64_t part, int64_t parts) {
+        const int64_t until = before.rows * part / parts;
+        if (until == finished) return;
+        finish(before.i + finished, before.j, until - finished, before.columns, before.c + 32 * finished);
+        finished = until;
+        for (int64_t r = until; r < std::min<int64_t>(until + 4, before.rows); ++r) fetch(before.i + r, before.j);
       };
-      for (int64_t j = left; j < std::min(columns, left + cut); ++j) {
+      for (int64_t j = left; j < std::min(columns, left + cut); ++j)
         for (int64_t l = 0; l < tiles; l += sweep)
           for (int64_t i = 0; i < count; ++i) {
             const int64_t row = 32 * (first + i), column = 32 * j, length = std::min(sweep, tiles - l);
             const Bits *x = a + 2 * i * strip + l * kTile, *y = b + 2 * j * strip + l * kTile;
             float* block = c + (sweeps > 1 ? i : (i + j * count) % 2) * 1024;
-            const T* result = out + row * n + column;
-            if (m - row > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, result, n);
-            else multiply<false>(length, x, strip, y, strip, block, l > 0, result, n);
-            if (l + sweep >= tiles) {
-              finish_block();
-              done = {row, column, block};
-            }
+            const auto fetch_row = [&](int64_t r) { fetch(row + r, column); };
+            if (m - row > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, fetch_row, finish_share);
+            else multiply<false>(length, x, strip, y, strip, block, l > 0, fetch_row, finish_share);
+            before.rows = finished = 0;
+            if (l + sweep >= tiles)
+              before = {row, column, std::min<int64_t>(32, m - row), std::min<int64_t>(32, n - column), block};
           }
-        if (sweeps > 1) finish_block();  // the next column starts sums in the same memory
-      }
-      finish_block();
+      finish_share(1, 1);
     }
   });
 }

@@ -1,6 +1,6 @@
 // The three products of a linear layer in bfloat16, y = x W^T + b, dx = g W and dW = g^T x with db = sum_rows g, on AMX
 // tiles. W, b and their gradients may be float32: W is rounded while it is packed, gradients leave the accumulators.
-#include "gemm_amx.h"
+#include "linear_amx.h"
 
 namespace fastkd {
 
@@ -8,56 +8,20 @@ bool has_amx() { return amx::available(); }
 
 #if defined(FASTKD_AMX)
 
-namespace {
-
-using amx::Matrix;
-
-template <class T>
-Matrix<T> matrix(const Tensor& t) {
-  return {data<T>(t), t.stride(0), t.size(0), t.size(1)};
-}
-
-// Calls f(Type<T>{}) for a parameter, which is bfloat16 or float32.
-template <class F>
-void for_parameter(const Tensor& t, F&& f) {
-  if (t.scalar_type() == ScalarType::Float) return f(Type<float>{});
-  FASTKD_CHECK(t.scalar_type() == ScalarType::BFloat16, "linear", "expected a bfloat16 or float32 parameter");
-  f(Type<BFloat16>{});
-}
-
-void check_product(const Tensor& first, const Tensor& second, const Tensor& out, int64_t inner, int64_t other,
-                   int64_t m, int64_t n) {
-  FASTKD_CHECK(amx::available(), "linear", "the system does not hand out AMX tiles");
-  const bool bf16 = first.scalar_type() == ScalarType::BFloat16 && first.dim() == 2 && second.dim() == 2;
-  FASTKD_CHECK(bf16 && first.stride(1) == 1 && second.stride(1) == 1 && inner == other && out.is_contiguous() &&
-                   out.size(0) == m && out.size(1) == n,
-               "linear", "shapes, dtypes or strides do not match");
-}
-
-// Rows of a block as bfloat16, plus a bias for its columns.
-inline void store_block(const float* c, const float* bias, int64_t rows, int64_t columns, BFloat16* to, int64_t row) {
-  const __m512 low = bias ? _mm512_maskz_loadu_ps(amx::first16(columns), bias) : _mm512_setzero_ps();
-  const __m512 high = bias ? _mm512_maskz_loadu_ps(amx::first16(columns - 16), bias + 16) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < rows; ++i, c += 32) {
-    const auto line = _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_loadu_ps(c + 16), high),
-                                          _mm512_add_ps(_mm512_loadu_ps(c), low));
-    _mm512_mask_storeu_epi16(to + i * row, amx::first32(columns), (__m512i)line);
-  }
-}
-
-}  // namespace
+using amx::matrix;
 
 // x [M, K] bfloat16, weight [N, K], bias [N] float32 -> out [M, N] bfloat16.
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
   const int64_t m = x.size(0), n = weight.size(0), depth = x.size(1);
-  check_product(x, weight, out, depth, weight.size(1), m, n);
+  amx::check_product(x, weight, out, depth, weight.size(1), m, n);
   const float* shift = bias ? data<float>(*bias) : nullptr;
   BFloat16* to = mutable_data<BFloat16>(out);
-  for_parameter(weight, [&](auto type) {
+  amx::for_parameter(weight, [&](auto type) {
     using T = typename decltype(type)::type;
-    amx::gemm(m, n, depth, amx::Rows<BFloat16>{matrix<BFloat16>(x)}, amx::TransposedColumns<T>{matrix<T>(weight)}, to,
+    amx::gemm(m, n, depth, amx::Rows<BFloat16>{matrix<BFloat16>(x)}, amx::TransposedColumns<T>{matrix<T>(weight)},
+              [&](int64_t i, int64_t j) { amx::fetch_to_write(to + i * n + j); },
               [&](int64_t i, int64_t j, int64_t rows, int64_t columns, const float* c) {
-                store_block(c, shift ? shift + j : nullptr, rows, columns, to + i * n + j, n);
+                amx::store_block(c, shift ? shift + j : nullptr, rows, columns, to + i * n + j, n);
               });
   });
 }
@@ -65,13 +29,14 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 // grad [M, N] bfloat16, weight [N, K] -> out [M, K] bfloat16.
 void linear_grad_input(const Tensor& grad, const Tensor& weight, const Tensor& out) {
   const int64_t m = grad.size(0), n = weight.size(1), depth = grad.size(1);
-  check_product(grad, weight, out, depth, weight.size(0), m, n);
+  amx::check_product(grad, weight, out, depth, weight.size(0), m, n);
   BFloat16* to = mutable_data<BFloat16>(out);
-  for_parameter(weight, [&](auto type) {
+  amx::for_parameter(weight, [&](auto type) {
     using T = typename decltype(type)::type;
-    amx::gemm(m, n, depth, amx::Rows<BFloat16>{matrix<BFloat16>(grad)}, amx::Columns<T>{matrix<T>(weight)}, to,
+    amx::gemm(m, n, depth, amx::Rows<BFloat16>{matrix<BFloat16>(grad)}, amx::Columns<T>{matrix<T>(weight)},
+              [&](int64_t i, int64_t j) { amx::fetch_to_write(to + i * n + j); },
               [&](int64_t i, int64_t j, int64_t rows, int64_t columns, const float* c) {
-                store_block(c, nullptr, rows, columns, to + i * n + j, n);
+                amx::store_block(c, nullptr, rows, columns, to + i * n + j, n);
               });
   });
 }
@@ -81,17 +46,17 @@ void linear_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& grad_
                         const std::optional<Tensor>& grad_bias) {
   constexpr int64_t most = 2048;  // rows at a time, so that a chunk of grad^T fits L2
   const int64_t m = grad.size(1), n = x.size(1), depth = x.size(0);
-  check_product(grad, x, grad_weight, grad.size(0), depth, m, n);
+  amx::check_product(grad, x, grad_weight, grad.size(0), depth, m, n);
   float* to = mutable_data<float>(grad_weight);
   std::vector<float> sums(grad_bias ? round_up(m, 32) : 0, 0.0f);
   const auto part = [&](const Tensor& t, int64_t start) {
     auto whole = matrix<BFloat16>(t);
-    return Matrix<BFloat16>{whole.base + start * whole.row, whole.row, std::min(most, depth - start), whole.columns};
+    return amx::Matrix<BFloat16>{whole.base + start * whole.row, whole.row, std::min(most, depth - start), whole.columns};
   };
   for (int64_t start = 0; start < std::max<int64_t>(depth, 1); start += most) {
     amx::gemm(m, n, std::min(most, depth - start),
               amx::TransposedRows{part(grad, start), grad_bias ? sums.data() : nullptr},
-              amx::Columns<BFloat16>{part(x, start)}, to,
+              amx::Columns<BFloat16>{part(x, start)}, [&](int64_t i, int64_t j) { amx::fetch_to_write(to + i * n + j); },
               [&](int64_t i, int64_t j, int64_t rows, int64_t columns, const float* c) {
                 for (int64_t r = 0; r < rows; ++r)
                   for (int64_t half = 0; half < columns; half += 16) {

@@ -1,13 +1,14 @@
 // A linear layer on 8-bit integers: rows of x are quantised as they are packed, and the exact sums become floats on the
 // way out. The weight comes packed (fastkd/ops/blocks/linear_int8.py).
 #include "convert.h"
+#include "gelu_math.h"
 #include "gemm_int8.h"
 #include "simd.h"
 
 namespace fastkd {
 namespace {
 
-using V = Simd<float>::type;
+using gelu_math::V;
 typedef int32_t Int __attribute__((vector_size(64)));
 
 // 16 numbers at p, of which `count` exist; the others are zero.
@@ -66,9 +67,22 @@ inline float quantize_row(const T* x, int64_t width, int64_t tiles, int8_t* to, 
   return size / 127.0f;
 }
 
+template <class T>
+inline void apply_gelu(Accumulate<T> (&line)[32]) {
+  if constexpr (std::is_same_v<T, double>) {
+    for (double& x : line) x *= 0.5 * std::erfc(-x * M_SQRT1_2);
+  } else {
+    for (int64_t k = 0; k < 32; k += 16) {
+      const V x = Simd<float>::load(line + k);
+      V bell;
+      Simd<float>::store(line + k, x * gelu_math::gaussian_for<T>(x, bell));
+    }
+  }
+}
+
 template <class Kernel, class T>
 void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                    const Tensor& out) {
+                    bool gelu, const Tensor& out) {
   using A = Accumulate<T>;
   const int64_t m = x.size(0), depth = x.size(1), n = scale.size(0), tiles = (depth + 63) / 64;
   const T* from = data<T>(x);
@@ -90,6 +104,7 @@ void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, 
           const A mine = row_scale[i + r];
 #pragma omp simd
           for (int64_t k = 0; k < 32; ++k) line[k] = static_cast<A>(c[k]) * (mine * f[k]) + s[k];
+          if (gelu) apply_gelu<T>(line);
           convert_row(line, std::min<int64_t>(32, n - j), to + (i + r) * n + j);
         }
       });
@@ -98,9 +113,9 @@ void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, 
 }  // namespace
 
 // x [M, K] floating with dense rows, packed [ceil(N / 32) * 2, ceil(K / 64) * 16, 16, 4] int8, scale [N] and bias [N]
-// float32 -> out [M, N] like x.
+// float32 -> out [M, N] like x, of which GELU is taken where wanted.
 void linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                 const Tensor& out) {
+                 bool gelu, const Tensor& out) {
   const int64_t m = x.size(0), depth = x.size(1), n = scale.size(0);
   const bool sizes = packed.numel() == round_up(n, 32) * round_up(depth, 64) && out.size(0) == m && out.size(1) == n;
   FASTKD_CHECK(sizes && (depth == 1 || x.stride(1) == 1) && packed.is_contiguous() && scale.is_contiguous() &&
@@ -111,12 +126,12 @@ void linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, con
   for_float(x.scalar_type(), "linear_int8", [&](auto type) {
     using T = typename decltype(type)::type;
 #if defined(FASTKD_AMX) && defined(__AMX_INT8__)
-    if (int8::Amx::available()) return linear_int8_on<int8::Amx, T>(x, packed, scale, bias, out);
+    if (int8::Amx::available()) return linear_int8_on<int8::Amx, T>(x, packed, scale, bias, gelu, out);
 #endif
 #if defined(__AVX512F__)
-    if (int8::Vnni::available()) return linear_int8_on<int8::Vnni, T>(x, packed, scale, bias, out);
+    if (int8::Vnni::available()) return linear_int8_on<int8::Vnni, T>(x, packed, scale, bias, gelu, out);
 #endif
-    linear_int8_on<int8::Plain, T>(x, packed, scale, bias, out);
+    linear_int8_on<int8::Plain, T>(x, packed, scale, bias, gelu, out);
   });
 }
 

@@ -17,6 +17,7 @@
 #include "gelu.cpp"
 #include "linear.cpp"
 #include "linear_int8.cpp"
+#include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #endif
 
@@ -59,7 +60,9 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
-  m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, bool gelu, Tensor(a!) out) -> ()");
+  m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
+  m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor grad_out, Tensor x, Tensor(a!) grad_x) -> ()");
   m.def("residual_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, Tensor(a!) total, "
@@ -88,6 +91,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
+  m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));

@@ -7,6 +7,7 @@ from .blocks.gelu import gelu
 from .blocks.linear import linear
 from .blocks.linear_fp8 import linear_fp8
 from .blocks.linear_int8 import linear_int8
+from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
@@ -30,6 +31,7 @@ __all__ = [
     "linear_fp8",
     "linear_int8",
     "masked_pixel_loss",
+    "mlp",
     "patchify",
     "quantize_rows",
     "random_masking",

@@ -177,22 +177,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On CUDA tensors the automatic choice is torch's own function.
     """
+    x = under_autocast(OP, x)
+    check_parameters(OP, x, x.shape[-1], weight=weight, bias=bias)
+    if x.device.type != "cpu" and forced_backend() is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _op(x, weight, bias)
+
+
+def under_autocast(op: str, x: Tensor) -> Tensor:
+    """x [..., in] as the op computes with it: in the autocast dtype where autocast is on."""
     if not isinstance(x, Tensor) or x.ndim == 0:
-        _check.fail(OP, "x", type(x).__name__, "a tensor [..., in]", error=TypeError)
+        _check.fail(op, "x", type(x).__name__, "a tensor [..., in]", error=TypeError)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    _check.check_tensor(OP, "x", x, x.ndim)
+    _check.check_tensor(op, "x", x, x.ndim)
+    return x
+
+
+def check_parameters(op: str, x: Tensor, features: int, **parameters: Tensor | None) -> None:
+    """Checks a weight [out, features] and a bias [out] or None, given by name in this order."""
     # float64 parameters of a 16-bit or float32 product only under autocast, which rounds them.
     allowed = (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,)
-    _check.check_tensor(OP, "weight", weight, 2, allowed)
-    _check.check_shape(OP, "weight", weight, (weight.shape[0], x.shape[-1]), "(out, in)")
+    (weight_name, weight), (bias_name, bias) = parameters.items()
+    _check.check_tensor(op, weight_name, weight, 2, allowed)
+    _check.check_shape(op, weight_name, weight, (weight.shape[0], features), "(out, in)")
     if bias is not None:
-        _check.check_tensor(OP, "bias", bias, 1, allowed)
-        _check.check_shape(OP, "bias", bias, (weight.shape[0],), "(out,)")
-    if device != "cpu" and forced_backend() is None:
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return _op(x, weight, bias)
+        _check.check_tensor(op, bias_name, bias, 1, allowed)
+        _check.check_shape(op, bias_name, bias, (weight.shape[0],), "(out,)")
 
 
 class Linear(torch.nn.Linear):

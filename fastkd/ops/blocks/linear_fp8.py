@@ -19,6 +19,7 @@ from .._dispatch import forced_backend
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from . import quantize_rows as rows
+from .linear import under_autocast
 from .quantize_rows import quantize_rows
 
 OP = "linear_fp8"
@@ -90,10 +91,7 @@ def linear_fp8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = No
         ValueError: shapes that do not fit, or x that requires grad while gradients are on.
         TypeError: wrong dtypes.
     """
-    _check.check_tensor(OP, "x", x, max(x.ndim, 1) if isinstance(x, Tensor) else 1)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = under_autocast(OP, x)
     _check.check_tensor(OP, "codes", codes, 2, (torch.uint8,))
     _check.check_tensor(OP, "scale", scale, 1, (torch.float32,))
     outputs, inputs = scale.shape[0], x.shape[-1]

@@ -60,8 +60,8 @@ def quantize_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
         format: ``"int8"`` or ``"fp8"`` (e4m3).
 
     Returns:
-        codes [N, D] int8, or uint8 to be seen through `view(torch.float8_e4m3fn)`; scale [N] float32. No gradients. A row that holds NaN or
-        infinity has such a scale too, so that a product made of it shows it.
+        codes [N, D] int8, or uint8 to be seen through `view(torch.float8_e4m3fn)`, and scale [N] float32, without
+        gradients. A row that holds NaN or infinity has such a scale too, so that a product made of it shows it.
 
     Raises:
         ValueError: an unknown format, no channels, or x that requires grad (rounding has no gradient).
