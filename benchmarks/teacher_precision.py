@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,15 +28,28 @@ from fastkd.demos.evaluate import evaluate
 from fastkd.demos.training import Recipe, fit, masked_autoencoder, statistics
 from fastkd.methods.dmae import DMAE
 from fastkd.models import Teacher, VisionTransformer, load_vit
+from fastkd.models.quantized import EXACT_BLOCKS, quantize_vit
 from fastkd.ops.blocks.linear_int8 import pack_int8
 
-# name: (dtype, precision)
+# name: (dtype, precision, number of blocks at the beginning that stay exact)
 TEACHERS = {
-    "float32": (None, "exact"), "bfloat16": (torch.bfloat16, "exact"),
-    "int8": (torch.bfloat16, "int8"), "fp8": (torch.bfloat16, "fp8"),
-}  # fmt: skip
+    "float32": (None, "exact", 0),
+    "bfloat16": (torch.bfloat16, "exact", 0),
+    "int8": (torch.bfloat16, "int8", EXACT_BLOCKS),
+    "int8, every block": (torch.bfloat16, "int8", 0),
+    "fp8": (torch.bfloat16, "fp8", EXACT_BLOCKS),
+    "fp8, every block": (torch.bfloat16, "fp8", 0),
+}
 VIT_L = dict(img_size=224, patch_size=16, embed_dim=1024, depth=18, num_heads=16)  # what is left of 24 blocks
 RATIO = 0.75
+
+
+def make_teacher(name: str, source: VisionTransformer, block: int) -> Teacher:
+    """A teacher by its name in `TEACHERS`."""
+    dtype, precision, exact_blocks = TEACHERS[name]
+    teacher = Teacher(source, block)
+    quantize_vit(teacher.vit, precision, exact_blocks=exact_blocks)
+    return teacher.to(dtype or torch.float32)
 
 
 def teacher_error(
@@ -57,9 +70,9 @@ def teacher_error(
     """
     noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(1))
     found: dict[str, dict[str, Tensor]] = {}
-    for name, (dtype, precision) in TEACHERS.items():
+    for name in TEACHERS:
+        teacher = make_teacher(name, source, block)
         torch.manual_seed(0)  # the projector
-        teacher = Teacher(source, block, dtype=dtype, precision=precision)
         method = DMAE(student, teacher, (three_quarters(student.depth),), (block,), alpha=alpha)
         trained = [p for p in method.parameters() if p.requires_grad]
         result = method(images, RATIO, noise)
@@ -88,19 +101,19 @@ def photographs(count: int, side: int) -> Tensor:
     random = torch.Generator().manual_seed(0)
     crops = []
     for i in range(count):
-        photo = torch.from_numpy(load_sample_images().images[i % 2])
+        photo = torch.tensor(load_sample_images().images[i % 2])
         y, x = (int(torch.randint(size - side + 1, (), generator=random)) for size in photo.shape[:2])
         crops.append(photo[y : y + side, x : x + side])
     return torch.stack(crops)
 
 
-def fashion_student(source: VisionTransformer, images: Tensor) -> torch.nn.Module:
+def fashion_student(source: VisionTransformer, images: Tensor, seed: int = 0) -> torch.nn.Module:
     """The small demo's student, untrained."""
     shape = dict(
         img_size=source.img_size, patch_size=source.patch_size, in_chans=source.in_chans, embed_dim=64, depth=4,
         num_heads=4, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4, **statistics(images),
     )  # fmt: skip
-    return masked_autoencoder(shape, seed=0)
+    return masked_autoencoder(shape, seed)
 
 
 def errors(args: argparse.Namespace) -> Iterator[dict]:
@@ -134,52 +147,51 @@ def learning(args: argparse.Namespace) -> Iterator[dict]:
     probe = train.balanced(600, seed=0), test.balanced(200, seed=0)
     for seed in range(args.seeds):
         for name in ("bfloat16", "int8", "fp8"):
-            dtype, precision = TEACHERS[name]
-            student = fashion_student(source, train.images)
+            student, teacher = fashion_student(source, train.images, seed), make_teacher(name, source, block)
             torch.manual_seed(seed)
-            teacher = Teacher(source, block, dtype=dtype, precision=precision)
             method = DMAE(student, teacher, (three_quarters(student.depth),), (block,), alpha=30.0)
             fit(method, train.images, RATIO, Recipe(args.steps, 64, 8e-3), seed)
             scores = evaluate(student, *probe)
             yield dict(teacher=name, seed=seed, steps=args.steps, knn=scores.knn, linear=scores.linear)
 
 
+def products(rows: int, inputs: int, outputs: int) -> tuple[Callable, Callable]:
+    """A linear layer of the teacher, exact and in int8."""
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16)
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    packed, scale = pack_int8(weight)
+    half = weight.bfloat16(), bias.bfloat16()
+    return lambda: ops.linear(x, *half), lambda: ops.linear_int8(x, packed, scale, bias)
+
+
+def teachers(images: int, tokens: int) -> tuple[Callable, Callable]:
+    """The forward pass of the truncated ViT-L, exact and in int8."""
+    torch.manual_seed(0)
+    source = VisionTransformer(**VIT_L)
+    exact, ours = (Teacher(source, 17, dtype=torch.bfloat16, precision=p) for p in ("exact", "int8"))
+    pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8)
+    ids = torch.rand(images, 196).argsort(1)[:, : tokens - 1]
+    return lambda: exact(pixels, ids), lambda: ours(pixels, ids)
+
+
 @torch.no_grad()
 def speed(args: argparse.Namespace) -> Iterator[dict]:
     """Exact bfloat16 over int8, in turn: the four products of a ViT-L block, and the whole truncated teacher."""
-
-    def compare(exact, ours, **row) -> dict:
-        times: tuple[list[float], list[float]] = ([], [])
-        repeat = max(1, round(0.02 / seconds(ours, "cpu", 2)))
-        for _ in range(args.rounds):
-            for run, mine in zip((exact, ours), times):
-                mine.append(seconds(run, "cpu", repeat))
-        low, _, high = quartiles([a / b for a, b in zip(*times)])
-        return dict(**row, ratio=paired_ratio(*times), ratio_quartiles=[low, high], rounds=args.rounds)
-
-    for images, tokens in ((16, 50), (16, 10)):
-        rows = images * tokens
-        for name, inputs, outputs in (
-            ("qkv", 1024, 3072),
-            ("proj", 1024, 1024),
-            ("fc1", 1024, 4096),
-            ("fc2", 4096, 1024),
-        ):
-            x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-            weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
-            packed, scale = pack_int8(weight)
-            half = weight.bfloat16(), bias.bfloat16()
-            yield compare(
-                lambda: ops.linear(x, *half), lambda: ops.linear_int8(x, packed, scale, bias),
-                part=name, tokens=tokens, images=images,
+    images = 16
+    parts = {"qkv": (1024, 3072), "proj": (1024, 1024), "fc1": (1024, 4096), "fc2": (4096, 1024), "teacher": None}
+    for tokens in (50, 10):
+        for part, sizes in parts.items():
+            pair = products(images * tokens, *sizes) if sizes else teachers(images, tokens)
+            repeat = max(1, round(0.02 / seconds(pair[1], "cpu", 2)))
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(args.rounds):
+                for run, mine in zip(pair, times):
+                    mine.append(seconds(run, "cpu", repeat))
+            low, _, high = quartiles([a / b for a, b in zip(*times)])
+            yield dict(
+                part=part, tokens=tokens, images=images, rounds=args.rounds, ratio=paired_ratio(*times),
+                ratio_quartiles=[low, high],
             )  # fmt: skip
-        torch.manual_seed(0)
-        source = VisionTransformer(**VIT_L)
-        both = [Teacher(source, 17, dtype=torch.bfloat16, precision=p) for p in ("exact", "int8")]
-        pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8)
-        ids = torch.rand(images, 196).argsort(1)[:, : tokens - 1]
-        exact, ours = (lambda t=t: t(pixels, ids) for t in both)
-        yield compare(exact, ours, part="teacher", tokens=tokens, images=images)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
