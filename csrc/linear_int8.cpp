@@ -26,6 +26,21 @@ inline V load16(const BFloat16* p, int64_t count) {
 }
 #endif
 
+// The first `count` of 16 numbers to p.
+template <class T>
+inline void store16(V x, int64_t count, T* p) {
+  alignas(64) float line[16];
+  Simd<float>::store(line, x);
+  convert_row(line, std::min<int64_t>(count, 16), p);
+}
+#if defined(__AVX512BF16__)
+inline void store16(V x, int64_t count, BFloat16* p) {
+  const auto bits = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  if (count >= 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  else _mm256_mask_storeu_epi16(p, (1 << count) - 1, bits);
+}
+#endif
+
 // To the nearest integer, to even where two are equally near, as 16 bytes.
 inline void store_codes(V x, int8_t* to, Int& sum) {
 #if defined(__AVX512F__)
@@ -67,27 +82,34 @@ inline float quantize_row(const T* x, int64_t width, int64_t tiles, int8_t* to, 
   return size / 127.0f;
 }
 
+// What becomes of 16 sums of a row, of which `count` exist: factors, bias, GELU where wanted.
 template <class T>
-inline void apply_gelu(Accumulate<T> (&line)[32]) {
+inline void finish16(const int32_t* sums, float row_factor, const float* factor, const float* shift, bool gelu,
+                     int64_t count, T* to) {
   if constexpr (std::is_same_v<T, double>) {
-    for (double& x : line) x *= 0.5 * std::erfc(-x * M_SQRT1_2);
-  } else {
-    for (int64_t k = 0; k < 32; k += 16) {
-      const V x = Simd<float>::load(line + k);
-      V bell;
-      Simd<float>::store(line + k, x * gelu_math::gaussian_for<T>(x, bell));
+    for (int64_t k = 0; k < std::min<int64_t>(count, 16); ++k) {
+      const double x = sums[k] * (static_cast<double>(row_factor) * factor[k]) + shift[k];
+      to[k] = gelu ? x * 0.5 * std::erfc(-x * M_SQRT1_2) : x;
     }
+  } else {
+    Int bits;
+    std::memcpy(&bits, sums, 64);
+    V x = __builtin_convertvector(bits, V) * (row_factor * Simd<float>::load(factor)) + Simd<float>::load(shift);
+    if (gelu) {
+      V bell;
+      x *= gelu_math::gaussian_for<T>(x, bell);
+    }
+    store16(x, count, to);
   }
 }
 
 template <class Kernel, class T>
 void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                     bool gelu, const Tensor& out) {
-  using A = Accumulate<T>;
   const int64_t m = x.size(0), depth = x.size(1), n = scale.size(0), tiles = (depth + 63) / 64;
   const T* from = data<T>(x);
   T* to = mutable_data<T>(out);
-  std::vector<A> factor(round_up(n, 32)), shift(round_up(n, 32));
+  std::vector<float> factor(round_up(n, 32)), shift(round_up(n, 32));
   std::copy_n(data<float>(scale), n, factor.begin());
   if (bias) std::copy_n(data<float>(*bias), n, shift.begin());
   std::vector<float> row_scale(round_up(m, 32));
@@ -98,15 +120,9 @@ void linear_int8_on(const Tensor& x, const Tensor& packed, const Tensor& scale, 
           row_scale[row + r] = quantize_row(from + (row + r) * x.stride(0), depth, tiles, strip + 64 * r, row_sums[r]);
       },
       [&](int64_t i, int64_t j, const int32_t* c) {
-        const A *f = factor.data() + j, *s = shift.data() + j;
-        for (int64_t r = 0; r < std::min<int64_t>(32, m - i); ++r, c += 32) {
-          A line[32];
-          const A mine = row_scale[i + r];
-#pragma omp simd
-          for (int64_t k = 0; k < 32; ++k) line[k] = static_cast<A>(c[k]) * (mine * f[k]) + s[k];
-          if (gelu) apply_gelu<T>(line);
-          convert_row(line, std::min<int64_t>(32, n - j), to + (i + r) * n + j);
-        }
+        for (int64_t r = 0; r < std::min<int64_t>(32, m - i); ++r, c += 32)
+          for (int64_t k = 0; k < std::min<int64_t>(32, n - j); k += 16)
+            finish16(c + k, row_scale[i + r], &factor[j + k], &shift[j + k], gelu, n - j - k, to + (i + r) * n + j + k);
       });
 }
 

@@ -137,6 +137,7 @@ def test_every_float8_value_and_the_ties_between_them():
         assert torch.equal(codes[0].cpu(), x[0].to(torch.float8_e4m3fn).view(torch.uint8)), backend
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_not_hidden(bad):
     x = torch.ones(2, 20)
