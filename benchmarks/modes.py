@@ -13,18 +13,26 @@ from common import DTYPES, seconds
 from stages import peak_bytes
 from torch import Tensor, nn
 
+import fastkd.data
+from fastkd.methods import DMAE
+from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer
+from fastkd.ops import random_masking
+from fastkd.train import CudaGraphs, TrainingStep, adamw
+
 LOSSES = ("pixel_loss", "align_loss")
-EXACT_MODES = ("released", "eager", "compiled", "exact")
+EXACT_MODES = ("released", "eager", "compiled", "exact_eager", "exact")  # exact_eager: exact without a CUDA graph
 INEXACT_MODES = ("decode_25", "cross")  # decode_fraction=0.25; decoder="cross"
+SCALE = 2.0**12  # of float16 gradients
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass
 class Batch:
-    """The same pictures as uint8 NHWC (fastkd) and as normalised float32 NCHW (the peers), with one noise for all."""
+    """The same pictures and masks twice: uint8 NHWC with keys (fastkd), normalised float32 NCHW with noise (peers)."""
 
     raw: Tensor
     floats: Tensor
+    keys: Tensor
     noise: Tensor
 
     @classmethod
@@ -33,18 +41,21 @@ class Batch:
         raw = torch.randint(
             0, 256, (size, recipe.image, recipe.image, recipe.channels), dtype=torch.uint8, generator=generator
         )
-        batch = cls(raw, normalise(raw, torch.float32), torch.rand(size, recipe.patches, generator=generator))
+        keys = torch.randint(2**62, (size,), generator=generator)
+        # Ranks: noise of the same masks without ties, which argsort may break either way.
+        noise = random_masking(size, recipe.patches, 0.0, keys=keys).ids_restore / recipe.patches
+        batch = cls(raw, normalise(raw, torch.float32), keys, noise)
         return batch._map(Tensor.pin_memory) if pin else batch
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(function(self.raw), function(self.floats), function(self.noise))
+        return Batch(*(function(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
     def to(self, device: str) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
-    def images(self, mode: Mode) -> Tensor:
-        """The pictures as this mode takes them."""
-        return self.raw if mode.raw else self.floats
+    def inputs(self, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Pictures and what fixes the masks, as this mode takes them."""
+        return (self.raw, self.keys) if mode.raw else (self.floats, self.noise)
 
 
 def normalise(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,15 +64,21 @@ def normalise(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FastStep:
-    """A step as `fastkd distill` runs it, through fastkd's public names only."""
+    """A step as `fastkd distill` runs it, through fastkd's public names only.
+
+    Args:
+        graphs: makes what captures the step, such as `CudaGraphs`; None: eager steps.
+    """
 
     def __init__(
-        self, base: released.DMAE, dtype: torch.dtype, device: str, decode_fraction: float = 1.0, decoder: str = "self"
+        self,
+        base: released.DMAE,
+        dtype: torch.dtype,
+        device: str,
+        decode_fraction: float = 1.0,
+        decoder: str = "self",
+        graphs: Callable[[], object] | None = None,
     ) -> None:
-        from fastkd.methods import DMAE
-        from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer
-        from fastkd.train.optimizer import adamw
-
         recipe = base.recipe
         sizes = [
             dict(zip(("embed_dim", "depth", "num_heads"), SIZES[name])) for name in (recipe.student, recipe.teacher)
@@ -79,25 +96,45 @@ class FastStep:
             student, teacher, (recipe.student_tap,), (recipe.teacher_tap,), decode_fraction=decode_fraction
         ).to(device)
         self.model.aligned_feature_projection_heads[0].load_state_dict(base.projector.state_dict())
-        self.dtype, self.device = dtype, device
-        self.optimizer = adamw(self.model, lr=1.5e-4)
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.dtype, self.device, self.graphs = dtype, device, graphs
+        self.optimizer = adamw(self.model, lr=1.5e-4, capturable=graphs is not None)
+        # Scaled as in the gate: no step is skipped for an overflow.
+        self.scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=dtype == torch.float16)
+        self._ratio: float | None = None
+        self._step: TrainingStep | None = None
 
-    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, keys: Tensor, mask_ratio: float) -> dict[str, Tensor]:
         with torch.autocast(self.device, self.dtype, enabled=self.dtype.itemsize == 2):
-            return self.model(images, mask_ratio, noise)
+            return self.model(images, mask_ratio, keys=keys)
 
-    def __call__(self, images: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
-        loss = self.forward(images, noise, mask_ratio)["loss"]
-        self.scaler.scale(loss).backward()
-        self.before_optimizer()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def __call__(self, images: Tensor, keys: Tensor, mask_ratio: float) -> Tensor:
+        """Losses of a training step."""
+        if mask_ratio != self._ratio:  # a graph has one ratio
+            self._ratio, self._step = mask_ratio, None  # gives its memory back before the next one takes some
+            amp = self.dtype if self.dtype.itemsize == 2 else None
+            graphs = self.graphs() if self.graphs else None
+            self._step = TrainingStep(
+                self.model, self.optimizer, mask_ratio, amp=amp, scaler=self.scaler, graphs=graphs
+            )
+        return self._step(iter([fastkd.data.Batch(images, keys, None, ())]))
 
-    def before_optimizer(self) -> None:
-        """Replaced while stages are timed."""
+    def captured(self, images: Tensor, keys: Tensor, mask_ratio: float, restore: Callable[[], None]) -> tuple:
+        """(losses, gradients) of a replayed step, the very thing that is timed.
+
+        A graph gives no gradients away, but AdamW remembers them: from zero, exp_avg = (1 - beta1) * gradient.
+        """
+        for _ in range(TrainingStep.WARM_UP + 1):
+            self(images, keys, mask_ratio)
+        if self._step.graphs is None:
+            raise SystemExit("the exact step could not be captured as a CUDA graph; time --modes exact_eager instead")
+        restore()
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        losses = self(images, keys, mask_ratio).tolist()
+        share = 1 - self.optimizer.defaults["betas"][0]
+        gradients = {name: self.optimizer.state[p]["exp_avg"] / share for name, p in self.trained().items()}
+        return dict(zip(LOSSES, losses[1:])), gradients
 
     def trained(self) -> dict[str, nn.Parameter]:
         heads = self.model.aligned_feature_projection_heads[0]
@@ -108,23 +145,24 @@ class FastStep:
     def marked(self, clock: Callable):
         """Lets `clock` hear where the stages of this model begin."""
         model, student = self.model, self.model.student
-        decode = student.decode
+        decode = student.decode_features
 
         def marked_decode(tokens: Tensor, *args, **kwargs) -> Tensor:
             clock("decoder", tokens)
-            pred = decode(tokens, *args, **kwargs)
-            clock("loss", pred)
-            return pred
+            features = decode(tokens, *args, **kwargs)
+            clock("loss", features)  # holds the last linear layer here; the peers have it in the decoder
+            return features
 
         hooks = [
             model.register_forward_pre_hook(lambda *_: clock("teacher")),
             student.register_forward_pre_hook(lambda *_: clock("student")),
         ]
-        student.decode, self.before_optimizer = marked_decode, lambda: clock("optimiser")
+        hooks.append(self.optimizer.register_step_pre_hook(lambda *_: clock("optimiser")))
+        student.decode_features = marked_decode
         try:
             yield
         finally:
-            del student.decode, self.before_optimizer
+            del student.decode_features
             for hook in hooks:
                 hook.remove()
 
@@ -152,7 +190,8 @@ class Mode:
     ) -> None:  # fmt: skip
         self.name, self.dtype, self.label = name, dtype, f"{name} {dtype}"
         self.device, self.exact = device, name in EXACT_MODES
-        self.raw = name in ("exact", *INEXACT_MODES)
+        self.raw = name in ("exact_eager", "exact", *INEXACT_MODES)
+        graphs = partial(CudaGraphs, torch.device(device)) if device == "cuda" and name != "exact_eager" else None
         self.compile, self._is_compiled = compile if name == "compiled" else None, False
         kind = DTYPES[dtype]
         if name == "released":
@@ -162,12 +201,22 @@ class Mode:
             self.run = eager.Step(model, kind, self.compile, compile_mode)
         else:
             self.run = FastStep(
-                base, kind, device, 0.25 if name == "decode_25" else 1.0, "cross" if name == "cross" else "self"
+                base, kind, device, 0.25 if name == "decode_25" else 1.0, "cross" if name == "cross" else "self", graphs
             )
         self._start = {k: v.detach().clone() for k, v in base.trained().items()}
         missing = set(self._start) ^ set(self.parameters())
         if missing:
             raise RuntimeError(f"{self.label}: parameters do not match those of released: {sorted(missing)[:5]}")
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step is replayed from a CUDA graph."""
+        return isinstance(self.run, FastStep) and self.run.graphs is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing can be timed inside the step: one graph, compiled or captured."""
+        return self.compile == "whole" or self.captured
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.run.trained() if isinstance(self.run, FastStep) else self.run.model.trained()
@@ -182,11 +231,11 @@ class Mode:
     def step(self, batch: Batch, mask_ratio: float, clock: Callable | None = None) -> None:
         """A whole training step from a batch on the device; `clock` hears where each stage begins."""
         with self._marked(clock):
-            self.run(batch.images(self), batch.noise, mask_ratio)
+            self.run(*batch.inputs(self), mask_ratio)
 
     @contextlib.contextmanager
     def _marked(self, clock: Callable | None):
-        if clock is None or self.compile == "whole":  # nothing can be timed inside one compiled graph
+        if clock is None or self.is_whole:
             yield
         elif isinstance(self.run, FastStep):
             with self.run.marked(clock):
@@ -199,11 +248,14 @@ class Mode:
                 self.run.model.mark = None
 
     def gradients(self, batch: Batch, mask_ratio: float) -> tuple[dict[str, float], dict[str, Tensor], int]:
-        """(losses, gradients, peak bytes above the resident ones) of the current weights, without an optimiser step."""
-        scale, out = 2.0**12 if self.dtype == "float16" else 1.0, {}
+        """(losses, gradients, peak bytes above the resident ones) of the starting weights.
+
+        Without an optimiser step; for a captured step, losses and gradients are those of a replay.
+        """
+        scale, out = SCALE if self.dtype == "float16" else 1.0, {}
 
         def run() -> None:
-            out.update(self.run.forward(batch.images(self), batch.noise, mask_ratio))
+            out.update(self.run.forward(*batch.inputs(self), mask_ratio))
             (out["loss"] * scale).backward()
             for name in tuple(out):
                 out[name] = out[name].detach() if name in LOSSES else None
@@ -216,6 +268,8 @@ class Mode:
         losses = {name: out[name].item() for name in LOSSES}
         found = {name: p.grad if scale == 1 else p.grad / scale for name, p in self.parameters().items()}
         self._drop_gradients()
+        if self.captured:
+            losses, found = self.run.captured(*batch.inputs(self), mask_ratio, self.restore)
         return losses, found, peak
 
     def _drop_gradients(self) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/report.py --check    # fails where something is out of date, changes nothing
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``; `TABLES` lists the names. docs/ops.md is written
-whole, from the OpSpecs. No number in these places is typed by hand.
+whole, from the OpSpecs; fastkd/ops/device_record.json from what ran on a GPU. No number there is typed by hand.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import common
+import device_record
+import floors
 import ops_page
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
@@ -180,6 +182,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "dmae_cpu_stages": if_measured(stage_table),
     "gpu": gpu_table,
     "demo": demo_table,
+    "floors": floors.floor_table,
+    "scale": floors.scale_table,
 }
 
 
@@ -224,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     stale = []
     pages = {ROOT / page: filled((ROOT / page).read_text(), page) for page in PAGES if (ROOT / page).exists()}
     pages[ROOT / "docs/ops.md"] = ops_page.page()
+    if (text := device_record.text()) is not None:
+        pages[device_record.PATH] = text
     for path, text in pages.items():
         if not path.exists() or path.read_text() != text:
             stale.append(path)

@@ -224,10 +224,21 @@ __device__ __forceinline__ float row_sum(float x) {
 
 __device__ __forceinline__ unsigned row_index() { return blockIdx.x * blockDim.y + threadIdx.y; }
 
+// Shared memory whose size the launch decides.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef FASTKD_EMULATE_CUDA
+  return emulated_shared_memory;
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#endif
+}
+
 // ---- launches
 
 struct Geometry {
   dim3 grid, block;
+  int shared = 0;  // bytes of shared_memory()
 };
 
 inline Geometry row_geometry(int64_t rows, int64_t width) {
@@ -238,12 +249,18 @@ inline Geometry row_geometry(int64_t rows, int64_t width) {
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), Geometry geometry, Stream stream, Arguments... arguments) {
+  if (geometry.grid.x == 0 || geometry.grid.y == 0 || geometry.grid.z == 0) return nullptr;  // an error to CUDA
 #ifdef FASTKD_EMULATE_CUDA
   emulate(geometry.grid, geometry.block, [&] { kernel(arguments...); });
   return nullptr;
 #else
-  kernel<<<geometry.grid, geometry.block, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  if (geometry.shared > 48 << 10)  // more has to be asked for
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared);
+  if (error == cudaSuccess) {
+    kernel<<<geometry.grid, geometry.block, geometry.shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
 }

@@ -97,7 +97,7 @@ inline void pack(const Operand& operand, int64_t begin, int64_t end, int64_t fir
 // and the block before is finished: the tile unit works by itself, and vector instructions between its own are free.
 template <bool TWO, class Fetch, class Meanwhile>
 inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* b, int64_t strip_b, float* c, bool add,
-                     const Fetch& fetch, const Meanwhile& meanwhile) {
+                     bool last, const Fetch& fetch, const Meanwhile& meanwhile) {
   constexpr int64_t rows = TWO ? 32 : 16;
   if (add) {
     _tile_loadd(0, c, 128);
@@ -111,7 +111,8 @@ inline void multiply(int64_t depth, const Bits* a, int64_t strip_a, const Bits* 
     if (TWO) _tile_zero(3);
   }
   for (int64_t l = 0; l < depth; ++l, a += kTile, b += kTile) {
-    for (int64_t i = rows * l / depth; i < rows * (l + 1) / depth; ++i) fetch(i);
+    if (last)
+      for (int64_t i = rows * l / depth; i < rows * (l + 1) / depth; ++i) fetch(i);
     _tile_stream_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + strip_b, 64);
@@ -182,11 +183,12 @@ void gemm(int64_t m, int64_t n, int64_t depth, const A& pack_a, const B& pack_b,
             const int64_t row = 32 * (first + i), column = 32 * j, length = std::min(sweep, tiles - l);
             const Bits *x = a + 2 * i * strip + l * kTile, *y = b + 2 * j * strip + l * kTile;
             float* block = c + (sweeps > 1 ? i : (i + j * count) % 2) * 1024;
+            const bool last = l + sweep >= tiles;
             const auto fetch_row = [&](int64_t r) { fetch(row + r, column); };
-            if (m - row > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, fetch_row, finish_share);
-            else multiply<false>(length, x, strip, y, strip, block, l > 0, fetch_row, finish_share);
+            if (m - row > 16) multiply<true>(length, x, strip, y, strip, block, l > 0, last, fetch_row, finish_share);
+            else multiply<false>(length, x, strip, y, strip, block, l > 0, last, fetch_row, finish_share);
             before.rows = finished = 0;
-            if (l + sweep >= tiles)
+            if (last)
               before = {row, column, std::min<int64_t>(32, m - row), std::min<int64_t>(32, n - column), block};
           }
       finish_share(1, 1);

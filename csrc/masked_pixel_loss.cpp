@@ -34,7 +34,7 @@ struct PixelLoss {
         }
         const int64_t b = row / rows, k = row % rows;
         reader.read_channels_last(b, data<int64_t>(ids)[b * ids.stride(0) + k * ids.stride(1)], target.data());
-        if (norm_pix) normalise(target.data(), pixels);
+        if (norm_pix) normalise_patch(target.data(), pixels, static_cast<A>(eps));
         const T* p = values + b * sb + k * sk;
         if (sp == 1)
           convert_row(p, pixels, x.data());
@@ -43,20 +43,6 @@ struct PixelLoss {
         visit(row, w, x.data(), target.data());
       }
     });
-  }
-
-  template <class A>
-  void normalise(A* t, int64_t n) const {
-    // From the first pixel on: the mean of a flat patch is exact, and nothing is left to divide by sqrt(eps).
-    const A first = t[0];
-    A sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += t[i] - first;
-    const A mean = first + sum / n;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < n; ++i) square += (t[i] - mean) * (t[i] - mean);
-    const A scale = A(1) / std::sqrt(square / (n - 1) + A(eps));
-    for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - mean) * scale;
   }
 };
 

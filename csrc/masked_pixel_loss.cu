@@ -1,43 +1,9 @@
 // Pixel loss of masked patches: a warp (or a block) holds a predicted row, its target and the target's statistics in
 // registers; uint8 NHWC pixels are read as they lie, 8 bytes a load.
-#include "cuda_rows.cuh"
+#include "cuda_pixels.cuh"
 
 namespace fastkd::cuda {
 namespace {
-
-// i / d by a multiplication; exact for i * d < 2^40.
-struct Divider {
-  uint64_t multiplier;
-
-  explicit Divider(uint64_t d) : multiplier(((uint64_t{1} << 40) + d - 1) / d) {}
-  __device__ __forceinline__ int operator()(int i) const { return static_cast<int>(i * multiplier >> 40); }
-};
-
-constexpr int64_t kMostPixels = int64_t{1} << 20;
-
-template <class Pixel>
-struct Patches {
-  const Pixel* data;
-  int64_t stride_b, stride_c, stride_h, stride_w;
-  int channels, line, height, width, columns;  // line: elements of a patch's pixel row
-  int64_t count;
-  Divider by_line, by_channels;
-  const float* affine;
-
-  explicit Patches(const PixelLoss& op)
-      : data(static_cast<const Pixel*>(op.images.data)), stride_b(op.images.stride[0]), stride_c(op.images.stride[1]),
-        stride_h(op.images.stride[2]), stride_w(op.images.stride[3]), channels(op.images.size[1]),
-        line(op.patch_width * channels), height(op.patch_height), width(op.patch_width),
-        columns(op.images.size[3] / op.patch_width), count(columns * (op.images.size[2] / op.patch_height)),
-        by_line(line), by_channels(channels), affine(op.affine) {}
-
-  // Whether 8 neighbours of a patch vector are 8 neighbours in memory, aligned for one load.
-  bool packed() const {
-    const auto aligned = [](int64_t elements) { return elements * sizeof(Pixel) % alignof(Chunk<Pixel>) == 0; };
-    return stride_c == 1 && stride_w == channels && line % kVector == 0 && aligned(stride_b) && aligned(stride_h) &&
-           reinterpret_cast<uintptr_t>(data) % alignof(Chunk<Pixel>) == 0;
-  }
-};
 
 // One patch: elements in (row, column, channel) order, normalised.
 template <class Pixel>
@@ -46,13 +12,7 @@ struct Patch {
   const Pixel* corner;
 
   __device__ __forceinline__ Patch(const Patches<Pixel>& patches, int64_t image, int64_t patch)
-      : from(patches),
-        corner(patches.data + image * patches.stride_b + patch / patches.columns * patches.height * patches.stride_h +
-               patch % patches.columns * patches.width * patches.stride_w) {}
-
-  __device__ __forceinline__ float normalised(float pixel, int channel) const {
-    return pixel * __ldg(from.affine + channel) + __ldg(from.affine + from.channels + channel);
-  }
+      : from(patches), corner(patches.corner(image, patch)) {}
 
   template <bool vector>
   __device__ __forceinline__ void read_one_by_one(int base, int width, float (&t)[kItems]) const {
@@ -62,7 +22,7 @@ struct Patch {
       t[k] = 0;
       if (i >= width) continue;
       const int y = from.by_line(i), rest = i - y * from.line, x = from.by_channels(rest), c = rest - x * from.channels;
-      t[k] = normalised(to_float(corner[y * from.stride_h + x * from.stride_w + c * from.stride_c]), c);
+      t[k] = from.normalised(to_float(corner[y * from.stride_h + x * from.stride_w + c * from.stride_c]), c);
     }
   }
 
@@ -81,7 +41,7 @@ struct Patch {
       unpack<Pixel>(chunk[n], t + n * kVector);
 #pragma unroll
       for (int k = n * kVector; k < (n + 1) * kVector; ++k) {
-        t[k] = i < width ? normalised(t[k], c) : 0.0f;
+        t[k] = i < width ? from.normalised(t[k], c) : 0.0f;
         c = c + 1 == from.channels ? 0 : c + 1;
       }
     }
@@ -170,17 +130,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 template <bool backward>
 const char* run(const PixelLoss& op, const float* grad_loss, void* grad_pred, float* partial, Stream stream) {
-  if (op.pred.size[2] > kMostPixels) return "more than 2^20 values a patch";
+  if (op.pred.size[2] > kMostPixels) return kTooManyPixels;
   return for_float(op.pred.dtype, [&](auto type) {
     return for_pixel(op.images.dtype, [&](auto pixel) {
       using T = typename decltype(type)::type;
       using Pixel = typename decltype(pixel)::type;
       const Rows<T> pred(op.pred), gradient(grad_pred, op.pred);
-      const Patches<Pixel> patches(op);
+      const Patches<Pixel> patches(op.images, op.patch_height, op.patch_width, op.affine);
       const bool vector = pred.vector() && gradient.vector();
       return launch(pixel_kernel<T, Pixel, backward>, row_geometry(op.rows(), pred.width), stream, pred, patches,
                     static_cast<const int64_t*>(op.ids.data), op.ids.stride[0], op.ids.stride[1], op.weight,
-                    static_cast<unsigned>(op.rows()), vector, vector && patches.packed(), op.norm_pix, op.eps,
+                    static_cast<unsigned>(op.rows()), vector, vector && patches.interleaved(), op.norm_pix, op.eps,
                     grad_loss, gradient, partial);
     });
   });

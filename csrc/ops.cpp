@@ -17,6 +17,7 @@
 #include "gelu.cpp"
 #include "linear.cpp"
 #include "linear_int8.cpp"
+#include "linear_pixel_loss.cpp"
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #endif
@@ -36,6 +37,8 @@ namespace fastkd {
 
 STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("random_masking(Tensor noise, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) -> ()");
+  m.def("random_masking_keyed(Tensor keys, int keep, Tensor(a!) ids_shuffle, Tensor(b!) ids_restore, Tensor(c!) mask) "
+        "-> ()");
   m.def("masked_pixel_loss(Tensor pred, Tensor images, Tensor ids, Tensor? weight, Tensor affine, int[] patch, "
         "bool norm_pix, float eps, Tensor(a!) loss) -> ()");
   m.def("masked_pixel_loss_backward(Tensor grad_loss, Tensor pred, Tensor images, Tensor ids, Tensor? weight, "
@@ -44,7 +47,6 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) loss) -> ()");
   m.def("feature_alignment_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, int kind, bool normalize, "
         "float beta, Tensor(a!) grad_student) -> ()");
-#ifndef FASTKD_CUDA
   m.def("visible_patch_rows(Tensor images, Tensor ids, Tensor affine, int[] patch, Tensor(a!) rows) -> ()");
   m.def("visible_patch_finish(Tensor projected, Tensor ids, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
         "Tensor(a!) out) -> ()");
@@ -55,12 +57,17 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention(Tensor query, Tensor key_value, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
+#ifndef FASTKD_CUDA
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
   m.def("has_amx() -> bool");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
   m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, bool gelu, Tensor(a!) out) -> ()");
+  m.def("linear_pixel_loss(Tensor x, Tensor weight, Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, "
+        "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
+  m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
+        "float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
   m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
@@ -74,11 +81,11 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("random_masking", TORCH_BOX(&random_masking));
+  m.impl("random_masking_keyed", TORCH_BOX(&random_masking_keyed));
   m.impl("masked_pixel_loss", TORCH_BOX(&masked_pixel_loss));
   m.impl("masked_pixel_loss_backward", TORCH_BOX(&masked_pixel_loss_backward));
   m.impl("feature_alignment_loss", TORCH_BOX(&feature_alignment_loss));
   m.impl("feature_alignment_loss_backward", TORCH_BOX(&feature_alignment_loss_backward));
-#ifndef FASTKD_CUDA
   m.impl("visible_patch_rows", TORCH_BOX(&visible_patch_rows));
   m.impl("visible_patch_finish", TORCH_BOX(&visible_patch_finish));
   m.impl("visible_patch_sums", TORCH_BOX(&visible_patch_sums));
@@ -86,11 +93,14 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("decoder_assemble_backward", TORCH_BOX(&decoder_assemble_backward));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#ifndef FASTKD_CUDA
   m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
+  m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
   m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));

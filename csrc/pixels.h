@@ -15,7 +15,25 @@ struct PatchShape {
         columns(images.size(3) / patch[1]),
         count(columns * (images.size(2) / patch[0])) {}
   int64_t pixels() const { return channels * height * width; }
+  void check(int64_t patch) const {
+    STD_TORCH_CHECK(patch >= 0 && patch < count, "fastkd: patch id ", patch, " outside [0, ", count, ")");
+  }
 };
+
+// t <- (t - mean) / sqrt(variance + eps), with the unbiased variance.
+template <class A>
+inline void normalise_patch(A* t, int64_t n, A eps) {
+  // From the first pixel on: the mean of a flat patch is exact, and nothing is left to divide by sqrt(eps).
+  const A first = t[0];
+  A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += t[i] - first;
+  const A mean = first + sum / n;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; ++i) square += (t[i] - mean) * (t[i] - mean);
+  const A scale = A(1) / std::sqrt(square / (n - 1) + eps);
+  for (int64_t i = 0; i < n; ++i) t[i] = (t[i] - mean) * scale;
+}
 
 template <class Pixel, class A>
 class PatchReader {
@@ -29,11 +47,25 @@ class PatchReader {
         sc_(images.stride(1)),
         sh_(images.stride(2)),
         sw_(images.stride(3)),
-        shape_(shape) {}
+        shape_(shape) {
+    for (int64_t x = 0; x < shape.width; ++x) {
+      line_scale_.insert(line_scale_.end(), scale_, scale_ + shape.channels);
+      line_shift_.insert(line_shift_.end(), shift_, shift_ + shape.channels);
+    }
+  }
 
   // (row, column, channel), channel fastest: the order of pixel targets.
   void read_channels_last(int64_t image, int64_t patch, A* out) const {
     const Pixel* corner = at(image, patch);
+    if (sc_ == 1 && sw_ == shape_.channels) {  // a line of the patch is dense in memory
+      const int64_t line = shape_.width * shape_.channels;
+      const A *scale = line_scale_.data(), *shift = line_shift_.data();
+      for (int64_t y = 0; y < shape_.height; ++y, corner += sh_, out += line) {
+#pragma omp simd
+        for (int64_t i = 0; i < line; ++i) out[i] = static_cast<A>(corner[i]) * scale[i] + shift[i];
+      }
+      return;
+    }
     for (int64_t y = 0; y < shape_.height; ++y)
       for (int64_t x = 0; x < shape_.width; ++x)
         for (int64_t c = 0; c < shape_.channels; ++c)
@@ -83,13 +115,14 @@ class PatchReader {
   }
 
   const Pixel* at(int64_t image, int64_t patch) const {
-    STD_TORCH_CHECK(patch >= 0 && patch < shape_.count, "fastkd: patch id ", patch, " outside [0, ", shape_.count, ")");
+    shape_.check(patch);
     return base_ + image * sb_ + (patch / shape_.columns) * shape_.height * sh_ +
            (patch % shape_.columns) * shape_.width * sw_;
   }
 
   const Pixel* base_;
   const A *scale_, *shift_;
+  std::vector<A> line_scale_, line_shift_;  // for each value of a patch's line
   int64_t sb_, sc_, sh_, sw_;
   PatchShape shape_;
 };

@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from fastkd import __version__, _native
-from fastkd.ops._dispatch import BACKENDS, Kernel, forced_backend
+from fastkd.ops._dispatch import BACKENDS, Kernel, device_record, forced_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What runs on a GPU and was compared there; written when a GPU run is recorded.
-DEVICE_RECORD = Path(__file__).parent / "ops/device_record.json"
 OPTIONAL = ("triton", "timm", "transformers", "onnx", "scikit-learn", "matplotlib", "torchvision")
 
 
@@ -78,12 +76,11 @@ def _libraries() -> dict:
 
 def _op(kernel: Kernel) -> dict:
     """For each device the backend per dtype, and the other backends with the reason why they are not taken."""
-    record = json.loads(DEVICE_RECORD.read_text()) if DEVICE_RECORD.exists() else {}
     devices = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = {str(dtype).removeprefix("torch."): _pick(kernel, device, dtype) for dtype in DTYPES}
         devices[device] = dict(backend=chosen, why_not=_why_not(kernel, device, set(chosen.values())))
-    return dict(name=kernel.name, devices=devices, gpu_record=record.get(kernel.name))
+    return dict(name=kernel.name, devices=devices, gpu_record=device_record().get(kernel.name))
 
 
 def _pick(kernel: Kernel, device: str, dtype: torch.dtype) -> str:
@@ -147,7 +144,7 @@ def _show(facts: dict) -> None:
             table.add_column(column, no_wrap=True)
         for op in facts["ops"]:
             backends = _by_dtype(op["devices"][device]["backend"])
-            table.add_row(op["name"], backends, str(op["gpu_record"] or "not yet measured on a GPU"))
+            table.add_row(op["name"], backends, _measured(op["gpu_record"]))
         console.print()
         console.print(table)
         console.print("\n[bold]why not the others[/]")
@@ -158,6 +155,13 @@ def _show(facts: dict) -> None:
         console.print("\n[bold]to do[/]")
         for text in facts["missing"]:
             console.print(f"  {text}", markup=False)
+
+
+def _measured(record: dict | None) -> str:
+    if record is None:
+        return "never ran on a GPU"
+    checked = ", ".join(f"{backend} {count} right" for backend, count in record["checked"].items())
+    return f"{record['device']}: {checked}; fastest {record.get('fastest', 'not timed')}"
 
 
 def _by_dtype(chosen: dict[str, str]) -> str:

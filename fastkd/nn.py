@@ -1,6 +1,7 @@
 """The losses as `torch.nn` modules."""
 
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["FeatureAlignmentLoss", "MaskedPixelLoss"]
+__all__ = ["FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]

@@ -80,8 +80,8 @@ def dmae(file: Golden, dtype: torch.dtype, device: str, *, norm_pix_loss: bool, 
     """The whole method, with the real truncated teacher where the split has its parameters."""
     student = student_mae(file, dtype, device, norm_pix_loss)
     if share_first_block is not None:
-        decode = student.decode
-        student.decode = lambda tokens, ids: decode(tokens, ids, share_first_block=share_first_block)
+        decode = student.decode_features
+        student.decode_features = lambda tokens, ids: decode(tokens, ids, share_first_block=share_first_block)
     blocks = tuple(file.option("al_t", default=()))
     teacher = None
     if blocks:

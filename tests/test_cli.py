@@ -141,7 +141,7 @@ def test_info_tells_backend_and_reason_of_each_op(capsys):
     code, out, _ = fastkd(capsys, "info")
     assert code == 0 and all(op["name"] in out for op in facts["ops"])
     if not any(op["gpu_record"] for op in facts["ops"]):
-        assert out.count("not yet measured on a GPU") == len(facts["ops"])
+        assert out.count("never ran on a GPU") == len(facts["ops"])
 
 
 def test_info_names_a_forced_backend_that_cannot_run(capsys, monkeypatch):

@@ -34,7 +34,7 @@ def test_every_kernel_compiles_for_every_architecture(rows):
     kernels = [(spec.name, kernel) for spec in cubin.triton_specs() for kernel in cubin.kernel_names(spec)]
     wanted = {(*kernel, arch) for kernel in kernels for arch in cubin.ARCHS}
     assert len(wanted) >= 3 * 7
-    assert {(row["op"], row["kernel"], row["arch"]) for row in rows} == wanted
+    assert wanted <= {(row["op"], row["kernel"], row["arch"]) for row in rows}  # more: what ops share
 
 
 # Bytes a thread. Triton 3.6 needs a few more registers for the 128 x 128 tile on sm_80 than there are; 3.9 does not.

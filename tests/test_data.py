@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from fastkd.data import (
     open_image,
     random_resized_crop,
 )
+from fastkd.data.prefetch import on_device
 from fastkd.data.transforms import random_box
 
 SIZE = (16, 20)
@@ -38,7 +41,7 @@ def take(loader: ImageLoader, count: int) -> list:
 def assert_same(ours, theirs) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
-        assert torch.equal(a.images, b.images) and torch.equal(a.noise, b.noise) and torch.equal(a.indices, b.indices)
+        assert torch.equal(a.images, b.images) and torch.equal(a.keys, b.keys) and torch.equal(a.indices, b.indices)
 
 
 def test_folder_lists_images_at_any_depth_with_first_level_classes(tmp_path):
@@ -66,13 +69,13 @@ def test_folder_errors_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(pictures, workers):
-    options = dict(size=SIZE, batch_size=4, num_patches=10, seed=5)
+    options = dict(size=SIZE, batch_size=4, seed=5)
     assert_same(take(ImageLoader(pictures, workers=workers, **options), 8), take(ImageLoader(pictures, **options), 8))
 
 
 @pytest.mark.parametrize("done", [2, 3, 7])  # inside, at the end of, and after two epochs of three batches
 def test_resumed_loader_continues_with_the_same_batches(pictures, done):
-    options = dict(size=SIZE, batch_size=4, num_patches=10)
+    options = dict(size=SIZE, batch_size=4)
     whole = take(ImageLoader(pictures, **options), done + 4)
     first = ImageLoader(pictures, workers=2, **options)  # prefetches beyond what is consumed
     take(first, done)
@@ -83,11 +86,11 @@ def test_resumed_loader_continues_with_the_same_batches(pictures, done):
 
 
 def test_ranks_share_the_batch_of_one_process(pictures):
-    whole = take(ImageLoader(pictures, SIZE, 4, num_patches=10), 5)
-    halves = [take(ImageLoader(pictures, SIZE, 2, num_patches=10, rank=r, world_size=2), 5) for r in range(2)]
+    whole = take(ImageLoader(pictures, SIZE, 4), 5)
+    halves = [take(ImageLoader(pictures, SIZE, 2, rank=r, world_size=2), 5) for r in range(2)]
     for one, first, second in zip(whole, *halves):
         assert torch.equal(one.images, torch.cat([first.images, second.images]))
-        assert torch.equal(one.noise, torch.cat([first.noise, second.noise]))
+        assert torch.equal(one.keys, torch.cat([first.keys, second.keys]))
 
 
 def test_resume_refuses_what_would_change_the_batches(pictures):
@@ -114,11 +117,11 @@ def test_epochs_visit_every_image_once_in_another_order_with_other_crops(picture
 def test_small_folder_is_repeated_with_other_crops_and_masks(tmp_path, caplog):
     write_pictures(tmp_path, count=3)
     with caplog.at_level(logging.WARNING, "fastkd"):
-        (batch,) = take(ImageLoader(tmp_path, SIZE, 8, num_patches=6), 1)
+        (batch,) = take(ImageLoader(tmp_path, SIZE, 8), 1)
     assert "3 images, fewer than one batch of 8" in caplog.text
     assert sorted(batch.indices.bincount().tolist()) == [2, 3, 3]
     same = (batch.indices == batch.indices[0]).nonzero().flatten()
-    assert not torch.equal(*batch.images[same[:2]]) and not torch.equal(*batch.noise[same[:2]])
+    assert not torch.equal(*batch.images[same[:2]]) and not torch.equal(*batch.keys[same[:2]])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -149,7 +152,7 @@ def test_a_folder_of_broken_files_ends_with_an_error(tmp_path, workers):
 def test_loader_leaves_the_global_random_state_alone_and_measures_waiting(pictures):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    loader = ImageLoader(pictures, SIZE, 4, workers=1, num_patches=4)
+    loader = ImageLoader(pictures, SIZE, 4, workers=1)
     batches = take(loader, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert loader.wait_seconds > 0
@@ -272,3 +275,60 @@ next(batches)
 kept = lambda: kept, batches  # a cycle: nothing ends the iterator before the interpreter
 """
     assert run_python("-c", code, pictures).returncode == 0
+
+
+def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
+    """Order and synchronisation of the copies, with streams that write down what is asked of them."""
+    log = []
+
+    class Tensor:
+        def __init__(self, number):
+            self.number = number
+
+        def record_stream(self, stream):
+            log.append(("kept for", stream.name, self.number))
+
+    class Stream:
+        def __init__(self, device=None, name="copies"):
+            self.name = name
+
+        def record_event(self):
+            return log[-1][1]
+
+        def wait_event(self, event):
+            log.append(("waited for", event))
+
+    class OnHost(NamedTuple):
+        images: int
+        keys: int
+
+        def to(self, device):
+            assert device.type == "cuda" and inside == ["copies"]
+            log.append(("copied", self.images))
+            return OnHost(Tensor(self.images), Tensor(self.keys))
+
+    inside = []
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        inside.append(chosen.name)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name="main"))
+    for batch in on_device((OnHost(i, i) for i in range(3)), "cuda"):
+        log.append(("used", batch.images.number))
+    kept = [[("kept for", "main", i)] * 2 for i in range(3)]
+    assert log == [
+        ("copied", 0), ("copied", 1), ("waited for", 0), *kept[0], ("used", 0),
+        ("copied", 2), ("waited for", 1), *kept[1], ("used", 1),
+        ("waited for", 2), *kept[2], ("used", 2),
+    ]  # fmt: skip
+
+
+def test_on_a_cpu_batches_are_not_taken_ahead():
+    taken = []
+    batches = on_device((taken.append(i) or i for i in range(3)), "cpu")
+    assert next(batches) == 0 and taken == [0]

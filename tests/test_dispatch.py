@@ -187,3 +187,10 @@ def test_outputs_that_nothing_was_made_of_get_no_gradient():
     total, normed = ops.residual_layer_norm(x, torch.zeros(1, 2, 8), weight, bias)
     assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones_like(x))
     assert torch.autograd.grad(normed.sum(), x)[0].abs().max() < 1e-6
+
+
+def test_the_fastest_measured_backend_comes_first_on_cuda(monkeypatch):
+    assert FORWARD.order("cuda")[0] == "triton"
+    monkeypatch.setattr(_dispatch, "device_record", lambda: {FORWARD.name: {"fastest": "cuda"}})
+    assert FORWARD.order("cuda") == ("cuda", "triton", "reference")
+    assert FORWARD.order("cpu") == ("cpp", "reference")

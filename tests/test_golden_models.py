@@ -62,7 +62,7 @@ def run(file: Golden, name: str, dtype: torch.dtype, **options):
         return targets
 
     model.student.forward, model._teacher_features = recording, teaching
-    result = model(images, ratio, noise=noise_of(file, device))
+    result = model(images, ratio, noise=noise_of(file, device), return_pred=True)
     return model, result, found, targets
 
 

@@ -192,6 +192,46 @@ def test_decoder_savings_equal_the_plain_decoder(prefix, share):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+def test_cross_decoder_equals_its_plain_formula():
+    """Queries of masked tokens on keys and values of visible ones: predictions and every gradient."""
+    torch.manual_seed(2)
+    model = tiny(decoder="cross").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    masking = ops.random_masking(2, 16, 0.75, noise=rand(2, 16))
+    tokens, upstream = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((5, 16), (12, 48)))
+    parameters = dict(model.named_parameters())
+
+    def linear(name: str, x: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return F.linear(x, parameters[f"{name}.weight"][start:stop], parameters[f"{name}.bias"][start:stop])
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        positions = model.decoder_pos_embed[0]
+        x = linear("decoder_embed", x)
+        visible = torch.cat([x[:, :1] + positions[:1], x[:, 1:] + positions[1 + masking.ids_keep]], 1)
+        x = model.mask_token + positions[1 + masking.ids_masked]
+        for index in range(len(model.decoder_blocks)):
+            name = f"decoder_blocks.{index}"
+            h, context = (plain_dmae.norm(parameters, f"{name}.norm1", y) for y in (x, visible))
+            qkv = (linear(f"{name}.attn.qkv", h, 0, 16), *linear(f"{name}.attn.qkv", context, 16).chunk(2, -1))
+            heads = F.scaled_dot_product_attention(*(y.unflatten(-1, (2, 8)).transpose(1, 2) for y in qkv))
+            x = x + linear(f"{name}.attn.proj", heads.transpose(1, 2).flatten(2))
+            h = F.gelu(linear(f"{name}.mlp.fc1", plain_dmae.norm(parameters, f"{name}.norm2", x)))
+            x = x + linear(f"{name}.mlp.fc2", h)
+        return linear("decoder_pred", plain_dmae.norm(parameters, "decoder_norm", x))
+
+    results = []
+    for decode in (plain, lambda x: model.decode(x, masking.ids_shuffle)):
+        leaf = tokens.clone().requires_grad_()
+        wanted = [leaf, *(p for n, p in parameters.items() if n.startswith(("decoder_", "mask_")) and p.requires_grad)]
+        pred = decode(leaf)
+        results.append([pred, *torch.autograd.grad(pred, wanted, upstream)])
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
 def test_published_constants_are_the_defaults():
     model = mae_vit("tiny", img_size=32, depth=1, decoder_depth=1)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]

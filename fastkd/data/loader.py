@@ -1,12 +1,13 @@
 """Batches of augmented images: the same ones for the same seed, however many workers, ranks or restarts.
 
-Everything random about a sample (crop, flip, replacement of an unreadable file, masking noise) comes from a generator
+Everything random about a sample (crop, flip, replacement of an unreadable file, key of the mask) comes from a generator
 seeded by (seed, epoch, repeat, image index) in the worker that decodes it. So neither the number of workers nor the
 point of resuming changes a batch, and ranks that share a global batch see exactly what one process would see.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .folder import ImageFolder
+from .prefetch import on_device
 from .transforms import random_resized_crop
 
 logger = logging.getLogger("fastkd")
@@ -38,20 +40,20 @@ class Batch(NamedTuple):
 
     Attributes:
         images: [B, height, width, channels] uint8.
-        noise: [B, num_patches] float32 in [0, 1), the masking noise of each image (None without num_patches).
+        keys: [B] int64, what fixes the mask of each image (see `fastkd.ops.random_masking`).
         indices: [B] int64, index of each image in the folder.
         failures: ((path, reason), ...) of the files that could not be read and were replaced.
     """
 
     images: Tensor
-    noise: Tensor | None
+    keys: Tensor
     indices: Tensor
     failures: tuple[tuple[str, str], ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with images and noise on a device; the copy does not block."""
-        noise = None if self.noise is None else self.noise.to(device, non_blocking=True)
-        return self._replace(images=self.images.to(device, non_blocking=True), noise=noise)
+        """The batch with images and keys on a device; the copy does not block."""
+        images, keys = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.keys))
+        return self._replace(images=images, keys=keys)
 
 
 class ImageLoader:
@@ -66,11 +68,10 @@ class ImageLoader:
         size: (height, width) of the images.
         batch_size: images per batch and process.
         channels: 3 (RGB) or 1 (grey).
-        num_patches: patches per image; if given, batches carry masking noise.
         seed: fixes everything.
         workers: decoding processes; 0 decodes in this process.
         rank, world_size: this process among those that share a global batch.
-        pin_memory: page-locked batches, for non-blocking copies to a GPU.
+        device: where images and keys are wanted; batches for a GPU are copied two ahead (see `on_device`).
         augmentation: keyword arguments of `random_resized_crop` (scale, ratio, flip).
 
     Attributes:
@@ -86,12 +87,11 @@ class ImageLoader:
         batch_size: int,
         *,
         channels: int = 3,
-        num_patches: int | None = None,
         seed: int = 0,
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
         **augmentation,
     ) -> None:
         folder = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
@@ -101,15 +101,16 @@ class ImageLoader:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
         self.folder = folder
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.device = torch.device(device)
         self.global_batch = batch_size * world_size
         self.batches_per_epoch = max(1, len(folder) // self.global_batch)
-        self._views = _Views(folder, size, channels, num_patches, seed, augmentation)
+        self._views = _Views(folder, size, channels, seed, augmentation)
         self._options = dict(
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # leaves the global generator alone
         )
@@ -135,13 +136,19 @@ class ImageLoader:
                 "another crop and mask (a smaller batch size avoids this)",
                 self.folder.root, len(self.folder), self.global_batch,
             )  # fmt: skip
+        with contextlib.closing(on_device(self._loaded(), self.device)) as batches:
+            for batch in batches:
+                self._position += 1
+                self._report(batch)
+                yield batch
+
+    def _loaded(self) -> Iterator[Batch]:
+        """Batches on the CPU; the time that they keep this process waiting counts."""
         batches = iter(DataLoader(self._views, sampler=self._keys(self._position), **self._options))
         while True:
             start = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - start
-            self._position += 1
-            self._report(batch)
             yield batch
 
     def _keys(self, position: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -199,21 +206,20 @@ class _Views(torch.utils.data.Dataset):
 
     attempts = 20
 
-    def __init__(self, folder: ImageFolder, size, channels, num_patches, seed, augmentation) -> None:
+    def __init__(self, folder: ImageFolder, size, channels, seed, augmentation) -> None:
         self.folder, self.size, self.channels = folder, tuple(size), channels
-        self.num_patches, self.seed, self.augmentation = num_patches, seed, augmentation
+        self.seed, self.augmentation = seed, augmentation
 
     def __getitem__(self, keys: list[tuple[int, int, int]]) -> Batch:
         images = torch.empty((len(keys), *self.size, self.channels), dtype=torch.uint8)
         pixels = images.numpy()
-        noise = None if self.num_patches is None else torch.empty((len(keys), self.num_patches))
-        indices, failures = torch.empty(len(keys), dtype=torch.int64), []
+        masks, indices = (torch.empty(len(keys), dtype=torch.int64) for _ in range(2))
+        failures: list[tuple[str, str]] = []
         for row, (epoch, repeat, index) in enumerate(keys):
             random = np.random.default_rng((self.seed, epoch, repeat, index))
-            if noise is not None:
-                noise[row] = torch.from_numpy(random.random(self.num_patches, dtype=np.float32))
+            masks[row] = int(random.integers(1 << 63))  # drawn first: an unreadable file keeps the mask
             pixels[row], indices[row] = self._view(index, random, failures)
-        return Batch(images, noise, indices, tuple(failures))
+        return Batch(images, masks, indices, tuple(failures))
 
     def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray | int, int]:
         """The augmented image and its index, which is another one where files are unreadable; (0, -1) in the end."""

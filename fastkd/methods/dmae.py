@@ -13,7 +13,9 @@ student's own ``decoder="cross"`` and `decoder_depth`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +28,32 @@ from fastkd.models.teacher import Teacher
 from fastkd.ops.masked.random_masking import Masking
 
 PROJECTORS = ("linear", "mlp", None)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream on which the teacher runs beside the student; None where there is one queue alone."""
+    return None if device.type != "cuda" or torch.compiler.is_compiling() else _stream(device)
+
+
+@contextlib.contextmanager
+def _forked(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Runs what is inside on `side`, after all that is queued so far; whoever uses its results waits for `side`.
+
+    No tensor needs `record_stream`. What the teacher reads lives until the streams have joined. What it writes is freed
+    after backward, and its memory is given out again to the side stream alone, which by then has waited for the main
+    stream at the next fork. So it works inside a captured graph, too.
+    """
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        yield
 
 
 class DMAE(nn.Module):
@@ -121,22 +149,31 @@ class DMAE(nn.Module):
             self.teacher._apply(fn, recurse)
         return self
 
-    def forward(self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        keys: Tensor | None = None,
+        *,
+        return_pred: bool = False,
+    ) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
             imgs: uint8 [B, H, W, C], or floating [B, C, H, W] normalised with the student's mean and std.
             mask_ratio: share of masked patches.
-            noise: optional [B, L] that fixes the mask.
+            noise, keys: optional [B, L] or [B] int64 that fix the masks, see `fastkd.ops.random_masking`.
+            return_pred: whether predictions are wanted too; the loss alone is made without storing them.
 
         Returns:
-            loss, pixel_loss, align_loss: float32 scalars;
-            pred: [B, m, p * p * C] predictions and ids_pred [B, m] int64 their patches (both absent without
-            reconstruction); mask [B, L], 1 = masked.
+            loss, pixel_loss, align_loss: float32 scalars; mask [B, L], 1 = masked;
+            with return_pred and reconstruction also pred [B, m, p * p * C] and ids_pred [B, m] int64, its patches.
         """
         batch, device = imgs.shape[0], imgs.device
-        masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, device=device)
-        with record_function("fastkd.teacher"):
+        masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, keys=keys, device=device)
+        beside = None if self.teacher is None else _side_stream(device)
+        with _forked(beside), record_function("fastkd.teacher"):
             targets = self._teacher_features(imgs, masking.ids_keep)
         with record_function("fastkd.student"):
             depth = None if self.reconstruct else max(self.student_blocks) + 1
@@ -145,8 +182,10 @@ class DMAE(nn.Module):
         zero = torch.zeros((), device=imgs.device)
         pixel_loss = align_loss = zero
         if self.reconstruct:
-            pixel_loss, extra = self._reconstruct(imgs, masking, features.tokens)
+            pixel_loss, extra = self._reconstruct(imgs, masking, features.tokens, return_pred)
             result.update(extra)
+        if beside is not None:
+            torch.cuda.current_stream(device).wait_stream(beside)
         with record_function("fastkd.align"):
             for head, index, target in zip(self.aligned_feature_projection_heads, self.student_blocks, targets):
                 align_loss = align_loss + self._align(head, features.taps[index], target)
@@ -166,22 +205,25 @@ class DMAE(nn.Module):
             )
         return self.teacher(imgs, ids_keep, mean=mean, std=std)
 
-    def _reconstruct(self, imgs: Tensor, masking: Masking, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reconstruct(
+        self, imgs: Tensor, masking: Masking, tokens: Tensor, return_pred: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         visible, total = masking.ids_keep.shape[1], masking.ids_shuffle.shape[1]
         if visible == total:
             raise ValueError("DMAE: mask_ratio: got a ratio that masks no patch, expected at least one masked patch")
         # The masked part of ids_shuffle is in random order, so its beginning is a uniform random subset.
         wanted = max(1, round(self.decode_fraction * (total - visible)))
-        ids = masking.ids_shuffle[:, : visible + wanted]
+        ids, student = masking.ids_shuffle[:, : visible + wanted], self.student
         with record_function("fastkd.decoder"):
-            pred = self.student.decode(tokens, ids)
-        ids_pred = ids[:, visible:]
+            features = student.decode_features(tokens, ids)
+        ids_pred, head = ids[:, visible:], student.decoder_pred
         with record_function("fastkd.pixel_loss"):
-            statistics = dict(mean=self.student.mean, std=self.student.std) if imgs.dtype == torch.uint8 else {}
-            loss = ops.masked_pixel_loss(
-                pred, imgs, ids_pred, self.student.patch_size, self.student.norm_pix_loss, **statistics
-            )
-        return loss, {"pred": pred, "ids_pred": ids_pred}
+            statistics = dict(mean=student.mean, std=student.std) if imgs.dtype == torch.uint8 else {}
+            loss = ops.linear_pixel_loss(
+                features, head.weight, head.bias, imgs, ids_pred,
+                student.patch_size, student.norm_pix_loss, **statistics,
+            )  # fmt: skip
+        return loss, {"pred": head(features), "ids_pred": ids_pred} if return_pred else {}
 
     def _align(self, head: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = self._same_tokens(student, teacher)

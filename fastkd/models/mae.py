@@ -17,7 +17,7 @@ from fastkd import ops
 from fastkd.ops.blocks.linear import Linear
 
 from .positions import resize_table, sincos_table
-from .vit import Block, VisionTransformer, _init_linear, layer_norm
+from .vit import Block, VisionTransformer, _init_linear, layer_norm, tail
 
 # name: (embed_dim, depth, num_heads)
 SIZES = {
@@ -79,10 +79,19 @@ class MaskedAutoencoderViT(VisionTransformer):
         table = resize_table(self.decoder_pos_embed, self.grid, grid, self.num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
 
-    def decode(
+    def decode(self, tokens: Tensor, ids: Tensor, **options) -> Tensor:
+        """Predicts the pixels of masked patches: `decoder_pred` of `decode_features`, same arguments.
+
+        Returns:
+            [B, K - n, p * p * C] predictions of ``ids[:, n:]``, pixel order (row, column, channel); [B, K, ...] of
+            ``ids`` with predict_visible.
+        """
+        return self.decoder_pred(self.decode_features(tokens, ids, **options))
+
+    def decode_features(
         self, tokens: Tensor, ids: Tensor, *, predict_visible: bool = False, share_first_block: bool | None = None
     ) -> Tensor:
-        """Predicts the pixels of masked patches from the encoder's final tokens.
+        """The decoder's final tokens, after the norm, from the encoder's.
 
         Args:
             tokens: [B, P + n, D] after the final norm.
@@ -92,16 +101,15 @@ class MaskedAutoencoderViT(VisionTransformer):
                 default: where that is less work.
 
         Returns:
-            [B, K - n, p * p * C] predictions of ``ids[:, n:]``, pixel order (row, column, channel); [B, K, ...] of
-            ``ids`` with predict_visible.
+            [B, K - n, Dd] tokens that `decoder_pred` predicts ``ids[:, n:]`` from; [B, K, Dd] with predict_visible.
         """
         visible = tokens.shape[1]
-        tokens = self.decoder_embed(tokens)
+        tokens = self.residual(self.decoder_embed(tokens))
         positions = self.decoder_pos_embed[0]
-        x = ops.decoder_assemble(self.residual(tokens), self.mask_token[0], positions, ids, self.num_prefix_tokens)
+        x = ops.decoder_assemble(tokens, self.mask_token[0], positions, ids, self.num_prefix_tokens)
         first = self.num_prefix_tokens if predict_visible else visible  # first token that is predicted
         if self.decoder == "cross":
-            return self._decode_cross(x[:, :visible], x[:, first:])
+            return self._decode_cross(self._visible(tokens, ids), tail(x, first))
         if share_first_block is None:
             masked_rows = x.shape[0] * (x.shape[1] - visible)
             share_first_block = len(self.decoder_blocks) > 1 and masked_rows >= 2 * self.num_patches
@@ -109,16 +117,24 @@ class MaskedAutoencoderViT(VisionTransformer):
         for index, block in enumerate(self.decoder_blocks):
             last = index == len(self.decoder_blocks) - 1
             if index == 0 and share_first_block and not last:
-                x, delta = block.from_qkv(x, self._shared_qkv(block, x[:, :visible], ids))
+                x, delta = block.from_qkv(x, self._shared_qkv(block, tokens, ids))
             else:
                 x, delta = block(x, delta, first_query=first if last else 0)
-        x = x if self.decoder_blocks else x[:, first:]
-        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
+        x = x if self.decoder_blocks else tail(x, first)
+        return layer_norm(self.decoder_norm, x, delta)[1]
 
-    def _shared_qkv(self, block: Block, visible: Tensor, ids: Tensor) -> Tensor:
+    def _visible(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """The assembled sequence up to the last visible patch, made once more.
+
+        As a slice of the sequence it would send back a gradient of the full length, to be added to the other.
+        """
+        fill, prefix = self.mask_token[0].detach(), self.num_prefix_tokens
+        return ops.decoder_assemble(tokens, fill, self.decoder_pos_embed[0], ids[:, : tokens.shape[1] - prefix], prefix)
+
+    def _shared_qkv(self, block: Block, tokens: Tensor, ids: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
-        masked = (self.mask_token[0] + self.decoder_pos_embed[0, prefix:]).to(visible.dtype)  # [L, Dd]
-        rows = block.attn.qkv(layer_norm(block.norm1, visible)[1])
+        masked = (self.mask_token[0] + self.decoder_pos_embed[0, prefix:]).to(tokens.dtype)  # [L, Dd]
+        rows = block.attn.qkv(layer_norm(block.norm1, self._visible(tokens, ids))[1])
         table = block.attn.qkv(layer_norm(block.norm1, masked[None])[1])[0]
         return ops.decoder_assemble(rows, table, None, ids, prefix)
 
@@ -126,7 +142,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         delta = None
         for block in self.decoder_blocks:
             x, delta = block.cross(x, delta, visible)
-        return self.decoder_pred(layer_norm(self.decoder_norm, x, delta)[1])
+        return layer_norm(self.decoder_norm, x, delta)[1]
 
 
 def mae_vit(

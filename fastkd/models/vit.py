@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T - first_query, D]."""
         if first_query == 0:
             return self.attend(self.qkv(x))
-        return self.cross(x[:, first_query:], x)
+        return self.cross(tail(x, first_query).contiguous(), x)  # copied here, it is not copied again in backward
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Attention on a finished projection [B, T, 3 D]."""
@@ -64,10 +64,10 @@ class Attention(nn.Module):
 
     def cross(self, x: Tensor, context: Tensor) -> Tensor:
         """Queries from x [B, Tq, D], keys and values from context [B, Tk, D] -> [B, Tq, D]."""
-        dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        query = ops.linear(x, weight[:dim], None if bias is None else bias[:dim])
-        key_value = ops.linear(context, weight[dim:], None if bias is None else bias[dim:])
+        sizes = (x.shape[-1], 2 * x.shape[-1])
+        weight, bias = self.qkv.weight.split(sizes), self.qkv.bias
+        bias = (None, None) if bias is None else bias.split(sizes)
+        query, key_value = ops.linear(x, weight[0], bias[0]), ops.linear(context, weight[1], bias[1])
         return self.proj(ops.attention(key_value, self.num_heads, query))
 
 
@@ -121,7 +121,7 @@ class Block(nn.Module):
             (x, delta) of this block, [B, T - first_query, D] each; its output is x + delta.
         """
         x, h = layer_norm(self.norm1, x, delta)
-        return self._finish(x[:, first_query:], self.attn(h, first_query))
+        return self._finish(tail(x, first_query), self.attn(h, first_query))
 
     def from_qkv(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The block where norm1 and the qkv projection [B, T, 3 D] are already done."""
@@ -135,6 +135,11 @@ class Block(nn.Module):
     def _finish(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         x, h = layer_norm(self.norm2, x, self.ls1(attention))
         return x, self.ls2(self.mlp(h))
+
+
+def tail(x: Tensor, first: int) -> Tensor:
+    """x[:, first:]. The gradient of a split is one copy; that of a slice also writes zeros under all of it."""
+    return x.split((first, x.shape[1] - first), 1)[1] if first else x
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
+from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
@@ -30,6 +31,7 @@ __all__ = [
     "linear",
     "linear_fp8",
     "linear_int8",
+    "linear_pixel_loss",
     "masked_pixel_loss",
     "mlp",
     "patchify",

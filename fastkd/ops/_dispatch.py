@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -75,6 +77,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@functools.cache
+def device_record() -> dict[str, dict]:
+    """What was measured on a GPU, by kernel: device, checks passed by backend, fastest backend; often nothing."""
+    path = Path(__file__).with_name("device_record.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 class Kernel:
     """One step of an op (its forward or its backward) with all its implementations.
 
@@ -83,8 +92,8 @@ class Kernel:
         reference: plain PyTorch implementation.
         cpp: Python launcher around several native functions; by default the native function of that name.
         triton: ``"module:function"``, imported on first use.
-        cuda: whether ``csrc/*.cu`` holds this kernel.
-        cuda_order: automatic order on CUDA tensors, the fastest measured first.
+        cuda: whether ``csrc/*.cu`` holds this kernel, or a Python launcher like `cpp`.
+        cuda_order: automatic order on CUDA tensors, behind the fastest backend in `device_record`.
     """
 
     all: dict[str, Kernel] = {}
@@ -96,14 +105,15 @@ class Kernel:
         reference: Callable[..., None],
         cpp: Callable[..., None] | None = None,
         triton: str | None = None,
-        cuda: bool = False,
+        cuda: bool | Callable[..., None] = False,
         cuda_order: tuple[str, ...] = ("triton", "reference"),
     ) -> None:
         self.name = name
         self.reference = reference
         self._cpp = cpp
         self._triton = triton
-        self._has_cuda = cuda
+        self._cuda = cuda if callable(cuda) else None
+        self._has_cuda = bool(cuda)
         self._cuda_order = cuda_order
         self._logged: set[str] = set()
         self._automatic: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
@@ -121,7 +131,10 @@ class Kernel:
 
     def order(self, device: str) -> tuple[str, ...]:
         """Backends in the order in which the automatic choice tries them."""
-        return self._cuda_order if device == "cuda" else ("cpp", "reference")
+        if device != "cuda":
+            return ("cpp", "reference")
+        fastest = device_record().get(self.name, {}).get("fastest")
+        return self._cuda_order if fastest is None else tuple(dict.fromkeys((fastest, *self._cuda_order)))
 
     def pick(self, device: str, dtype: torch.dtype) -> str:
         """Name of the backend that runs for tensors of this device type and dtype."""
@@ -160,7 +173,8 @@ class Kernel:
         if backend == "cuda" and dtype == torch.float64:
             return "CUDA kernels compute in float32; float64 runs on reference and cpp"
         reason = _native.why_not_loaded(wanted)
-        if reason is None and self._cpp is None and not hasattr(getattr(torch.ops, f"fastkd_{wanted}"), self.name):
+        launcher = self._cpp if backend == "cpp" else self._cuda
+        if reason is None and launcher is None and not hasattr(getattr(torch.ops, f"fastkd_{wanted}"), self.name):
             reason = f"the native {wanted} library has no {self.name}: built from other sources; {_native.REBUILD}"
         return reason
 
@@ -171,6 +185,7 @@ class Kernel:
         if backend == "triton":
             module, function = self._triton.split(":")
             return getattr(importlib.import_module(module), function)
-        if backend == "cpp" and self._cpp is not None:
-            return self._cpp
+        launcher = self._cpp if backend == "cpp" else self._cuda
+        if launcher is not None:
+            return launcher
         return getattr(getattr(torch.ops, f"fastkd_{'cpu' if backend == 'cpp' else 'cuda'}"), self.name).default

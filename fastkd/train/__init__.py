@@ -10,7 +10,9 @@ import importlib
 _HOMES = {
     "ConfigError": "config",
     "DistillConfig": "config",
+    "CudaGraphs": "step",
     "TrainingError": "loop",
+    "TrainingStep": "step",
     "adamw": "optimizer",
     "distill": "loop",
     "lr_at": "schedule",

@@ -20,6 +20,7 @@ from fastkd.models.quantized import why_not_fast
 from . import checkpoint
 from .config import ConfigError, DistillConfig, problem
 from .distributed import Processes
+from .optimizer import adamw
 
 _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -138,7 +139,18 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if _native.cpu_features() & {"avx512_bf16", "amx_bf16"} else "off"
 
 
-def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple[ImageLoader, DistillConfig]:
+def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> torch.optim.Optimizer:
+    """The optimiser of a run; ConfigError where its package is missing or cannot run on this device."""
+    device = next(method.parameters()).device
+    if config.optimizer == "apex" and device.type != "cuda":
+        raise ConfigError([problem("optimizer", "apex", f"adamw on {device}", "apex has kernels for GPUs alone")])
+    try:
+        return adamw(method, config.lr, config.weight_decay, config.betas, kind=config.optimizer, capturable=capturable)
+    except ImportError as error:
+        raise ConfigError([f"--optimizer apex: {error}"]) from error
+
+
+def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, DistillConfig]:
     """The training images, and the config with length and learning rate in numbers."""
     try:
         folder = ImageFolder(config.data)
@@ -150,12 +162,11 @@ def build_loader(config: DistillConfig, method: DMAE, group: Processes) -> tuple
         config.img_size,
         config.batch_size,
         channels=config.in_chans,
-        num_patches=method.student.num_patches,
         seed=config.seed,
         workers=choose_workers(config.workers, on_gpu, group.world_size),
         rank=group.rank,
         world_size=group.world_size,
-        pin_memory=on_gpu,
+        device=group.device,
         scale=config.scale,
     )
     steps_per_epoch = loader.batches_per_epoch / config.accumulate

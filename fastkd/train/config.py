@@ -87,6 +87,8 @@ class DistillConfig:
     """AdamW weight decay of matrices, convolutions and tokens (never of norms and biases)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
+    optimizer: Literal["adamw", "apex"] = "adamw"
+    """AdamW of torch (fused), or of NVIDIA's apex where that is built from source (GPUs only)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image that a random crop covers, smallest and largest."""
     seed: int = 0
@@ -101,6 +103,8 @@ class DistillConfig:
     """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    cuda_graph: bool = True
+    """Run the training step as one CUDA graph where one process trains on a GPU; --no-cuda-graph: kernel by kernel."""
     workers: int = -1
     """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
 

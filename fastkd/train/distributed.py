@@ -26,11 +26,16 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, find_unused: bool) -> nn.Module:
-        """The model with gradients averaged over processes."""
+        """The model with gradients averaged over processes, bucket by bucket while backward goes on.
+
+        Gradients live in the buckets, which saves a copy. No `static_graph`: it fails together with `no_sync`.
+        """
         if self.world_size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=find_unused)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True
+        )
 
     def synchronise(self, model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
         """Around one backward: whether gradients are averaged now or only added up."""

@@ -16,14 +16,15 @@ from fastkd.data import ImageLoader
 from fastkd.methods.dmae import DMAE
 
 from . import checkpoint
-from .build import AMP, build, build_loader
+from .build import AMP, build, build_loader, build_optimizer
 from .config import ConfigError, DistillConfig, problem
 from .distributed import Processes, processes
 from .held_out import HeldOut
 from .interrupt import Interrupt
-from .optimizer import adamw, set_lr
+from .optimizer import set_lr
 from .resume import check_same_run, checkpoint_to_resume, restore
 from .schedule import lr_at
+from .step import TrainingStep, choose_graphs
 from .track import LOSSES, Reporter, RunFolder, Stopwatch
 
 logger = logging.getLogger("fastkd")
@@ -69,10 +70,11 @@ def _train(config: DistillConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
     source, given = checkpoint_to_resume(config, run), config.as_dict()
     method, config = build(config, device)
-    loader, config = build_loader(config, method, group)
+    loader, config = build_loader(config, group)
     if source is not None and config.resume == "auto":
         check_same_run(config, given, run)
-    optimizer = adamw(method, config.lr, config.weight_decay, config.betas)
+    graphs = choose_graphs(config, group)
+    optimizer = build_optimizer(config, method, capturable=graphs is not None)
     amp = AMP[config.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     schedule = {name: getattr(config, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")}
@@ -83,6 +85,10 @@ def _train(config: DistillConfig, group: Processes) -> Result:
         step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
         history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
     model = group.wrap(method, find_unused=not config.reconstruct)
+    train_step = TrainingStep(
+        model, optimizer, config.mask_ratio, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group,
+        graphs=graphs,
+    )  # fmt: skip
     held_out = HeldOut(config, method, device, amp) if group.is_main else None
     if group.is_main:
         run.begin({**config.as_dict(), "given": given})
@@ -95,7 +101,7 @@ def _train(config: DistillConfig, group: Processes) -> Result:
             raise TrainingError(_not_finite(step, "weights are not finite", run))
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
-            heads=method.aligned_feature_projection_heads.state_dict(), scaler=scaler.state_dict(),
+            heads=method.aligned_feature_projection_heads.state_dict(), scaler=train_step.scaler.state_dict(),
             loader=loader.state_dict(), rng=torch.get_rng_state(),
         )  # fmt: skip
         checkpoint.save(run.checkpoint, method.student, state)
@@ -111,17 +117,7 @@ def _train(config: DistillConfig, group: Processes) -> Result:
         while step < config.steps and not interrupt.pressed:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
-            history[filled] = 0
-            for micro in range(config.accumulate):
-                batch = next(batches).to(device)
-                with group.synchronise(model, micro == config.accumulate - 1):
-                    with torch.autocast(device.type, amp, enabled=amp is not None):
-                        result = model(batch.images, config.mask_ratio, batch.noise)
-                    scaler.scale(result["loss"] / config.accumulate).backward()
-                history[filled] += torch.stack([result[name].detach().float() for name in LOSSES]) / config.accumulate
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            history[filled] = train_step(batches)
             step, filled = step + 1, filled + 1
             reporter.step()
 

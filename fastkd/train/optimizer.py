@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+KINDS = ("adamw", "apex")
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -20,15 +22,56 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(
-    model: nn.Module, lr: float, weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.95)
-) -> torch.optim.AdamW:
-    """AdamW over `param_groups`, the fused implementation where every parameter's device has one."""
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.95),
+    *,
+    kind: str = "adamw",
+    capturable: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW over `param_groups`.
+
+    Args:
+        kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
+            apex, which runs on GPUs alone.
+        capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.
+
+    Raises:
+        ImportError: kind="apex" without NVIDIA's apex.
+    """
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
+    if kind == "apex":
+        return apex_fused_adam()(groups, lr=lr, betas=betas, adam_w_mode=True, capturable=capturable)
+    if kind not in KINDS:
+        raise ValueError(f"adamw: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if capturable:
+        for group in groups:
+            group["lr"] = torch.tensor(float(lr), dtype=torch.float32, device=group["params"][0].device)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=capturable)
+
+
+def apex_fused_adam() -> type[torch.optim.Optimizer]:
+    """FusedAdam of NVIDIA's apex. The package named apex on PyPI is another project and has no `apex.optimizers`."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ImportError(
+            f"apex.optimizers.FusedAdam does not import ({error}); build NVIDIA/apex from its sources with its CUDA "
+            "extensions ('pip install apex' brings another project), or use torch's fused AdamW"
+        ) from error
+    return FusedAdam
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's learning rate to ``lr * lr_scale`` (lr_scale is 1 where a group has none)."""
+    """Sets every group's learning rate to ``lr * lr_scale`` (lr_scale is 1 where a group has none).
+
+    A rate that is a tensor keeps its storage, which a CUDA graph may read.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        value = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

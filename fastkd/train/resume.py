@@ -14,7 +14,9 @@ from .config import ConfigError, DistillConfig, problem
 from .track import RunFolder
 
 # What may differ between the two halves of a run: no weight depends on it.
-_FREE = frozenset("resume out workers device log_every save_every save_minutes val_data val_images val_every".split())
+_FREE = frozenset(
+    "resume out workers device cuda_graph log_every save_every save_minutes val_data val_images val_every".split()
+)
 
 
 def checkpoint_to_resume(config: DistillConfig, run: RunFolder) -> Path | None:
@@ -61,14 +63,16 @@ def restore(
 ) -> dict:
     """Puts everything back to where the checkpoint was taken; returns its state (step, history, seconds ...).
 
-    Weight decay and betas stay those of `optimizer`: a run continued into a new folder may change them.
+    Weight decay and betas stay those of `optimizer`, for a run continued into a new folder may change them, and so does
+    the form of its learning rate (a number, or the tensor that a CUDA graph reads).
 
     Raises:
         ConfigError: the checkpoint belongs to another model, or the images changed.
     """
     device = next(method.parameters()).device
     state = checkpoint.load_state(source, device)
-    options = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
+    kept = ("weight_decay", "betas", "lr", "capturable")
+    options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         checkpoint.load_student(source, method.student)
         method.aligned_feature_projection_heads.load_state_dict(state["heads"])

@@ -39,6 +39,7 @@ def accuracy(op: str, backend: str) -> tuple[str, ...]:
 
 
 PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_masking"
+LINEAR_PIXEL = "linear_pixel_loss"
 EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
 
 PYTHON = [
@@ -54,6 +55,11 @@ PYTHON = [
            golden("pixel", "reference")),
     Mutant("pixel loss: half the gradient", f"{MASKED}/{PIXEL}.py", "* (2.0 / pred.shape[-1])",
            "* (1.0 / pred.shape[-1])", golden("pixel", "reference")),
+    Mutant("linear pixel loss: the residual has no unit", f"{MASKED}/{LINEAR_PIXEL}.py",
+           "return 2.0 ** -(rows.bit_length() // 2)", "return 1.0",
+           ("test_linear_pixel_loss.py", "-k", "float16_keeps and reference")),
+    Mutant("linear pixel loss: chunks count alike", f"{MASKED}/{LINEAR_PIXEL}.py", "alpha=(stop - start) / batch",
+           "alpha=step / batch", ("test_linear_pixel_loss.py", "-k", "chunks")),
     Mutant("patchify: channel before row and column", f"{MASKED}/images.py",
            "permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 1, 3, 5)", golden("patchify")),
     Mutant("uint8 pixels are not divided by 255", f"{MASKED}/images.py", "unit = 255.0 if", "unit = 1.0 if",
@@ -99,6 +105,17 @@ PYTHON = [
            "self.mask_token[0] + 0 * self.decoder_pos_embed[0, prefix:]", models("student_forward")),
     Mutant("positions: rows and columns swapped", "fastkd/models/positions.py", "for position in (x, y)]",
            "for position in (y, x)]", golden("pos_embed")),
+    Mutant("masks from keys: the upper word is off by a bit", f"{MASKED}/{MASKING}.py", "(keys[:, None] >> 32)",
+           "(keys[:, None] >> 31)", ("test_masks.py", "-k", "every_backend and cpp")),
+    Mutant("philox: nine rounds", f"{MASKED}/{MASKING}.py", "for _ in range(10):", "for _ in range(9):",
+           ("test_masks.py", "-k", "known_answers")),
+    Mutant("a graph keeps its first masks", "fastkd/train/step.py", "buffer.copy_(value, non_blocking=True)",
+           "buffer.copy_(value) if name == 'images' or not self._replays else None",
+           ("test_step.py", "-k", "captured_steps")),
+    Mutant("gradients of a step are not dropped", "fastkd/train/step.py", "            self.optimizer.zero_grad()\n\n",
+           "\n", ("test_step.py", "-k", "training_curve")),
+    Mutant("losses of the last micro-batch alone", "fastkd/train/step.py", "losses if first else self.losses + losses",
+           "losses", ("test_train.py", "-k", "accumulation")),
     Mutant("linear: bias without its gradient", "fastkd/ops/blocks/linear.py", "bias_gradient.to(ctx.bias_dtype) if",
            "0 * bias_gradient.to(ctx.bias_dtype) if", accuracy("linear", "reference")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
@@ -110,10 +127,15 @@ TRITON = [
            golden("masking", "triton")),
     Mutant("triton masking: ties the other way", f"{MASKED}/{MASKING}_triton.py", "(j[None, :] < mine[:, None])",
            "(j[None, :] > mine[:, None])", unpinned("ties and triton")),
+    Mutant("triton masks from keys: the next patch's noise", f"{MASKED}/{MASKING}_triton.py",
+           "tl.randint4x(key, patch)", "tl.randint4x(key, patch + 1)",
+           ("test_masks.py", "-k", "every_backend and triton")),
     Mutant("triton pixel loss: biased variance", f"{MASKED}/{PIXEL}_triton.py", "axis=0) / (P - 1)", "axis=0) / P",
            golden("pixel", "triton")),
     Mutant("triton pixel loss: the upstream gradient is ignored", f"{MASKED}/{PIXEL}_triton.py",
            "tl.load(grad_loss).to(tl.float32) * w", "w", golden("pixel", "triton")),
+    Mutant("triton linear pixel loss: no bias", f"{MASKED}/{LINEAR_PIXEL}_triton.py", "x += tl.load(bias + i",
+           "x += 0.0 * tl.load(bias + i", accuracy(LINEAR_PIXEL, "triton")),
     Mutant("triton alignment: gradient is not projected", f"{FEATURES}/feature_alignment_triton.py",
            "g = (g - u * along)", "g = (g - u * 0.0)", golden("distill", "triton")),
     Mutant("triton assembly: fill of another patch", f"{MASKED}/{ASSEMBLE}_triton.py",
@@ -125,8 +147,10 @@ TRITON = [
 NATIVE = [
     Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
            unpinned("ties and cpp")),
-    Mutant("C++ pixel loss: biased variance", f"csrc/{PIXEL}.cpp", "std::sqrt(square / (n - 1) + A(eps))",
-           "std::sqrt(square / n + A(eps))", golden("pixel", "cpp")),
+    Mutant("C++ masks from keys: nine rounds", "csrc/philox.h", "round < 10", "round < 9",
+           ("test_masks.py", "-k", "every_backend and cpp")),
+    Mutant("C++ pixel loss: biased variance", "csrc/pixels.h", "std::sqrt(square / (n - 1) + eps)",
+           "std::sqrt(square / n + eps)", golden("pixel", "cpp")),
     Mutant("C++ pixel loss: writes one element too many", f"csrc/{PIXEL}.cpp", "std::fill_n(out + row * n, n, T(0));",
            "std::fill_n(out + row * n, n + 1, T(0));",
            ("test_fuzz.py", "-k", f"test_fuzz and {PIXEL} and cpp")),
@@ -136,6 +160,12 @@ NATIVE = [
            "          *out++ = static_cast<A>(corner[y * sh_ + x * sw_ + c * sc_]) * scale_[c] + shift_[c];",
            "          *out++ = static_cast<A>(corner[y * sw_ + x * sh_ + c * sc_]) * scale_[c] + shift_[c];",
            accuracy(PIXEL, "cpp")),
+    Mutant("C++ linear pixel loss: the second run of a line is not read", f"csrc/{LINEAR_PIXEL}.cpp",
+           "bytes = _mm_mask_loadu_epi8(bytes, w.second, corner + w.jump);", "", accuracy(LINEAR_PIXEL, "cpp"), "amx"),
+    Mutant("C++ linear pixel loss: values beyond the patch count", f"csrc/{LINEAR_PIXEL}.cpp",
+           "return _mm512_maskz_mov_ps(lanes[half], d);", "return d;", accuracy(LINEAR_PIXEL, "cpp"), "amx"),
+    Mutant("C++ pixels: the first line for all", "csrc/pixels.h", "++y, corner += sh_, out += line)",
+           "++y, out += line)", accuracy(PIXEL, "cpp")),
     Mutant("C++ alignment: sign(0) is 1", "csrc/align_math.h", "return A(d > 0) - A(d < 0);",
            "return A(d >= 0) - A(d < 0);", ("test_feature_alignment.py", "-k", "equal_rows and cpp")),
     Mutant("C++ alignment: another floor", "csrc/align_math.h", "kFloor = A(1e-12)", "kFloor = A(1e-6)",
@@ -164,9 +194,16 @@ NATIVE = [
            accuracy("attention", "cpp"), "amx"),
 ]  # fmt: skip
 
+CUDA = [  # the emulation compiles them for the CPU
+    Mutant("CUDA attention: the next queries come before the last ones are read", "csrc/attention_backward.cu",
+           "if (first > 0) __syncthreads();", "", ("test_cuda_emulation.py", "-k", "awkward_sizes and attention")),
+    Mutant("CUDA sums: every group is the first", "csrc/cuda_sums.cuh", "(first + group * count + m % count)",
+           "(first + m % count)", ("test_cuda_emulation.py", "-k", "test_accuracy and registers")),
+]  # fmt: skip
+
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

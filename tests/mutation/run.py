@@ -81,7 +81,9 @@ class Workspace:
         path.write_text(original.replace(mutant.old, mutant.new))
         try:
             environment = {}
-            if mutant.file.startswith("csrc/"):
+            if mutant.file.endswith((".cu", ".cuh")):
+                environment["FASTKD_CUDA_SOURCES"] = str(self.folder / "csrc")  # compiled by the test
+            elif mutant.file.startswith("csrc/"):
                 library = self.folder / "planted.so"
                 compile_cpu_library(self.folder, library)
                 environment["FASTKD_CPU_LIBRARY"] = str(library)

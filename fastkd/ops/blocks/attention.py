@@ -65,8 +65,9 @@ def _fill_backward(
     grad_key_value.copy_(torch.cat([t.transpose(1, 2).flatten(2) for t in gradients], -1))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.blocks.attention_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward", cuda=True)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward", cuda=True)
 
 
 def _split(packed: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,19 @@ def _autograd(ctx, grad_out: Tensor, _grad_lse):
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+# Most keys on CUDA for which the automatic choice is ours rather than torch's: what one tile of our kernels holds.
+SHORT = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16, torch.float64: 0}
+
+
+def _torch_attention(packed: Tensor, num_heads: int, query: Tensor | None) -> Tensor:
+    # One view, unbound: autograd then stacks the gradients into the packed one in a single pass, where slices would
+    # each be added to a tensor of zeros.
+    parts = packed.unflatten(-1, (3 if query is None else 2, num_heads, -1)).unbind(2)
+    if query is not None:
+        parts = (query.unflatten(-1, (num_heads, -1)), *parts)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in parts)).transpose(1, 2).flatten(2)
+
+
 def attention(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Tensor:
     """Softmax attention with scale 1 / sqrt(head width), on projections as nn.Linear leaves them.
 
@@ -142,7 +156,7 @@ def attention(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Te
     Returns:
         [B, T, D], or [B, Tq, D] with `query`, in the dtype of `packed`; scores and softmax in float32 (float64).
 
-    On CUDA tensors the automatic choice is torch's scaled_dot_product_attention.
+    On CUDA tensors of more than 64 keys (16 in float32) the automatic choice is torch's scaled_dot_product_attention.
     """
     _check.check_tensor(OP, "packed", packed, 3)
     parts = 3 if query is None else 2
@@ -152,10 +166,8 @@ def attention(packed: Tensor, num_heads: int, query: Tensor | None = None) -> Te
     if query is not None:
         _check.check_tensor(OP, "query", query, 3, (packed.dtype,))
         _check.check_shape(OP, "query", query, (packed.shape[0], query.shape[1], dim), "(B, Tq, D)")
-    if packed.device.type != "cpu" and forced_backend() is None:
-        q, key_value = _split(packed, query)
-        q, k, v = (_heads(t, num_heads) for t in (q, *key_value.chunk(2, -1)))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if packed.device.type != "cpu" and packed.shape[1] > SHORT[packed.dtype] and forced_backend() is None:
+        return _torch_attention(packed, num_heads, query)
     return _op(packed, query, num_heads)[0]
 
 
@@ -211,14 +223,20 @@ SPEC = register(
             "long": dict(batch=1, tokens=197, heads=1, head_dim=32),
             "sharp": dict(batch=1, tokens=20, heads=2, head_dim=32, scale=12.0),
             "strided": dict(batch=2, tokens=9, heads=2, head_dim=16, strided=True),
+            "few_tokens": dict(batch=2, tokens=4, heads=5, head_dim=16),
+            "few_keys": dict(batch=1, tokens=6, queries=70, heads=3, head_dim=16),
+            "few_queries": dict(batch=2, tokens=7, queries=2, heads=3, head_dim=24),
         },
         space=dict(
-            batch=(1, 3), tokens=(1, 2, 16, 33, 65), queries=(None, 1, 17), heads=(1, 3), head_dim=(1, 8, 32, 64),
+            batch=(1, 3), tokens=(1, 2, 5, 16, 33, 65), queries=(None, 1, 17), heads=(1, 3), head_dim=(1, 8, 32, 64),
             scale=(0.1, 1.0, 4.0), strided=(False, True), seed=tuple(range(5)),
         ),
         bench={
             "decoder_197": dict(batch=16, tokens=197, heads=16, head_dim=32),
             "encoder_50": dict(batch=16, tokens=50, heads=12, head_dim=64),
+            "encoder_20": dict(batch=64, tokens=20, heads=12, head_dim=64),
+            "encoder_4": dict(batch=256, tokens=4, heads=16, head_dim=64),
+            "cross_10": dict(batch=16, tokens=10, queries=187, heads=16, head_dim=32),
         },
         bytes_moved=lambda k: 4 * tensor_bytes(k["packed"]) + 4 * tensor_bytes(k["query"]),
         flops=lambda k: 14 * math.prod(_pairs(k)),

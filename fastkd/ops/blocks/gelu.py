@@ -2,7 +2,7 @@
 
     d gelu / dx = Phi(x) + x phi(x)
 
-On the CPU erf and phi share one exponential, and 16-bit data are converted in registers.
+The native kernels compute erf and phi from one exponential, and convert 16-bit data in registers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._dispatch import Kernel, forced_backend
+from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
@@ -27,8 +27,9 @@ def _fill_backward(grad_out: Tensor, x: Tensor, grad_x: Tensor) -> None:
     grad_x.copy_(torch.ops.aten.gelu_backward(grad_out, x))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.blocks.gelu_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 @custom_op("gelu")
@@ -67,14 +68,9 @@ _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact (erf) GELU of a floating tensor of any shape, computed in float32 (float64), result like x.
-
-    On CUDA tensors the automatic choice is torch's own kernel.
-    """
+    """Exact (erf) GELU of a floating tensor of any shape, computed in float32 (float64), result like x."""
     if not isinstance(x, Tensor) or x.dtype not in _check.FLOATS:
         _check.fail(OP, "x", getattr(x, "dtype", type(x).__name__), "a floating tensor", error=TypeError)
-    if x.device.type != "cpu" and forced_backend() is None:
-        return F.gelu(x)
     return _op(x)
 
 

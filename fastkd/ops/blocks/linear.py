@@ -4,8 +4,9 @@
 
 Parameters may stay in float32 beside 16-bit x. On CPUs with AMX the bfloat16 products are our own: float32 weights are
 rounded as they are packed, transposed operands cost nothing extra, and the gradients of the parameters leave the
-float32 accumulators as they are. Elsewhere the products are the vendor library's, and only the sum over rows, which
-torch computes several times slower than memory allows in 16 bit, is ours.
+float32 accumulators as they are. Elsewhere the products are the vendor library's: forward rounds the weights once and
+keeps them for backward, cuBLAS writes the gradients of float32 weights in float32 (cuBLASLt adds the bias), and the sum
+over rows, which torch computes several times slower than memory allows in 16 bit, is ours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._dispatch import Kernel, forced_backend
+from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
@@ -35,10 +36,10 @@ def _fill_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     weight = weight.to(x.dtype).t()
     if bias is None:
         torch.mm(x, weight, out=out)
-    elif x.element_size() == 2:
+    elif x.is_cuda or x.element_size() == 2:
         torch.addmm(bias.to(x.dtype), x, weight, out=out)  # rounded once
     else:
-        torch.mm(x, weight, out=out).add_(bias)  # addmm would first write the bias over the whole output
+        torch.mm(x, weight, out=out).add_(bias)  # on the CPU addmm would first write the bias over the whole output
 
 
 def _fill_grad_input(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
@@ -46,14 +47,16 @@ def _fill_grad_input(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
 
 
 def _fill_grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
-    _outer(grad, x, grad_weight)
+    outer(grad, x, grad_weight)
     if grad_bias is not None:
         grad_bias.copy_(grad.sum(0, dtype=grad_bias.dtype))
 
 
-def _outer(grad: Tensor, x: Tensor, grad_weight: Tensor) -> None:
+def outer(grad: Tensor, x: Tensor, grad_weight: Tensor) -> None:
     if grad_weight.dtype == x.dtype:
         torch.mm(grad.t(), x, out=grad_weight)
+    elif x.is_cuda:
+        torch.ops.aten.mm.dtype_out(grad.t(), x, grad_weight.dtype, out=grad_weight)  # accumulators as they are
     else:
         grad_weight.copy_(grad.t() @ x)
 
@@ -85,14 +88,20 @@ def _cpp_grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Te
     if _is_ours(grad.dtype):
         torch.ops.fastkd_cpu.linear_grad_weight(grad, x, grad_weight, grad_bias)
         return
-    _outer(grad, x, grad_weight)
+    outer(grad, x, grad_weight)
     if grad_bias is not None:
         torch.ops.fastkd_cpu.column_sum(grad, grad_bias)
 
 
-forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward)
-grad_input = Kernel(f"{OP}_grad_input", reference=_fill_grad_input, cpp=_cpp_grad_input)
-grad_weight = Kernel(f"{OP}_grad_weight", reference=_fill_grad_weight, cpp=_cpp_grad_weight)
+# Beside Triton's sums the products are the vendor library's, as in the reference.
+_PRODUCTS, _TRITON = "fastkd.ops.blocks.linear", "fastkd.ops.blocks.linear_triton"
+forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_PRODUCTS}:_fill_forward")
+grad_input = Kernel(
+    f"{OP}_grad_input", reference=_fill_grad_input, cpp=_cpp_grad_input, triton=f"{_PRODUCTS}:_fill_grad_input"
+)
+grad_weight = Kernel(
+    f"{OP}_grad_weight", reference=_fill_grad_weight, cpp=_cpp_grad_weight, triton=f"{_TRITON}:grad_weight"
+)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -101,14 +110,15 @@ def _rows(t: Tensor) -> Tensor:
 
 
 @custom_op("linear")
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor | None) -> Tensor:
+    # `rounded`: the values of weight in the dtype of x, where the caller has them; the gradient goes to weight.
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    forward(_rows(x), _rows(weight), bias, out.view(-1, weight.shape[0]))
+    forward(_rows(x), _rows(weight if rounded is None else rounded), bias, out.view(-1, weight.shape[0]))
     return out
 
 
 @_op.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, rounded):
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
@@ -141,19 +151,20 @@ def _(grad, x, weight, needs):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, rounded = inputs
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight if rounded is None else rounded)
 
 
 def _autograd(ctx, grad: Tensor):
     x, weight = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad)
+    needs = list(ctx.needs_input_grad[:3])
     grad_x, weight_gradient, bias_gradient = _op_backward(grad, x, weight, needs)
     return (
         grad_x if needs[0] else None,
-        weight_gradient.to(weight.dtype) if needs[1] else None,
+        weight_gradient.to(ctx.weight_dtype) if needs[1] else None,
         bias_gradient.to(ctx.bias_dtype) if needs[2] else None,
+        None,
     )
 
 
@@ -174,14 +185,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
         TypeError: weight or bias in a dtype that is neither that of x nor float32.
-
-    On CUDA tensors the automatic choice is torch's own function.
     """
     x = under_autocast(OP, x)
     check_parameters(OP, x, x.shape[-1], weight=weight, bias=bias)
-    if x.device.type != "cpu" and forced_backend() is None:
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return _op(x, weight, bias)
+    return _op(x, weight, bias, rounded(weight, x))
 
 
 def under_autocast(op: str, x: Tensor) -> Tensor:
@@ -205,6 +212,16 @@ def check_parameters(op: str, x: Tensor, features: int, **parameters: Tensor | N
     if bias is not None:
         _check.check_tensor(op, bias_name, bias, 1, allowed)
         _check.check_shape(op, bias_name, bias, (weight.shape[0],), "(out,)")
+
+
+def by_vendor(x: Tensor) -> bool:
+    """Whether a vendor library alone multiplies x; CPU kernels round weights as they read them."""
+    return x.device.type != "cpu"
+
+
+def rounded(weight: Tensor, x: Tensor) -> Tensor | None:
+    """The weight as the vendor library's products with x read it, made once for forward and backward, or None."""
+    return weight.detach().to(x.dtype) if weight.dtype != x.dtype and by_vendor(x) else None
 
 
 class Linear(torch.nn.Linear):

@@ -6,7 +6,9 @@
 
 h and a are four times as wide as x, so passes over them are most of what lies between the products. As one op, GELU
 and its derivative belong to the products: on CPUs with AMX they are taken of blocks in cache while the next block is
-multiplied, and the gradient of a is never written. Without gradients h is not written either.
+multiplied, and the gradient of a is never written. On CUDA the products are cuBLAS's with one pass between them: a is
+not kept but made again by the pass that turns its gradient into that of h, which also adds up db1. Without gradients h
+is not kept either.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import Kernel, forced_backend
+from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from . import gelu as _gelu
@@ -33,10 +35,20 @@ def _fill_hidden(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor 
     _gelu.forward.reference(hidden, activation)
 
 
-def _fill_hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidden: Tensor) -> None:
+# grad of the output [N, out], weight2 [out, hidden], h -> grad of h, and where wanted gelu(h) and grad_bias1 [hidden].
+
+
+def _fill_hidden_backward(
+    grad: Tensor, weight: Tensor, hidden: Tensor, activation: Tensor | None, grad_bias: Tensor | None,
+    grad_hidden: Tensor,
+) -> None:  # fmt: skip
     grad_activation = torch.empty_like(hidden)
     _linear.grad_input.reference(grad, weight, grad_activation)
     _gelu.backward.reference(grad_activation, hidden, grad_hidden)
+    if activation is not None:
+        _gelu.forward.reference(hidden, activation)
+    if grad_bias is not None:
+        torch.sum(grad_hidden, 0, dtype=grad_bias.dtype, out=grad_bias)
 
 
 def _cpp_hidden(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None, activation: Tensor) -> None:
@@ -48,7 +60,13 @@ def _cpp_hidden(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor |
     torch.ops.fastkd_cpu.gelu(hidden, activation)
 
 
-def _cpp_hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidden: Tensor) -> None:
+def _cpp_hidden_backward(
+    grad: Tensor, weight: Tensor, hidden: Tensor, activation: Tensor | None, grad_bias: Tensor | None,
+    grad_hidden: Tensor,
+) -> None:  # fmt: skip
+    if activation is not None or grad_bias is not None:  # not what `mlp` asks of a CPU
+        _fill_hidden_backward(grad, weight, hidden, activation, grad_bias, grad_hidden)
+        return
     if _linear._is_ours(grad.dtype, weight):
         torch.ops.fastkd_cpu.mlp_hidden_backward(grad, weight, hidden, grad_hidden)
         return
@@ -56,35 +74,47 @@ def _cpp_hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor, grad_hidd
     torch.ops.fastkd_cpu.gelu_backward(grad_hidden, hidden, grad_hidden)
 
 
-hidden_forward = Kernel(f"{OP}_hidden", reference=_fill_hidden, cpp=_cpp_hidden)
-hidden_backward = Kernel(f"{OP}_hidden_backward", reference=_fill_hidden_backward, cpp=_cpp_hidden_backward)
+_TRITON = "fastkd.ops.blocks.mlp_triton"
+hidden_forward = Kernel(f"{OP}_hidden", reference=_fill_hidden, cpp=_cpp_hidden, triton=f"{_TRITON}:hidden_forward")
+hidden_backward = Kernel(
+    f"{OP}_hidden_backward", reference=_fill_hidden_backward, cpp=_cpp_hidden_backward,
+    triton=f"{_TRITON}:hidden_backward",
+)  # fmt: skip
 
 
 @custom_op("mlp")
 def _op(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, hidden, activation = _outputs(x, weight1, weight2, keep)
-    wide = activation if keep else activation.new_empty(x.shape[:-1].numel(), weight1.shape[0])
-    hidden_forward(_linear._rows(x), _linear._rows(weight1), bias1, hidden if keep else None, wide)
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    rounded1: Tensor | None, rounded2: Tensor | None, keep_hidden: bool, keep_activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # `rounded`: the weights in the dtype of x, where the caller has them; the gradients go to the weights.
+    out, hidden, activation = _outputs(x, weight1, weight2, keep_hidden, keep_activation)
+    weight1, weight2 = _read(weight1, rounded1), _read(weight2, rounded2)
+    wide = activation if keep_activation else activation.new_empty(x.shape[:-1].numel(), weight1.shape[0])
+    hidden_forward(_linear._rows(x), _linear._rows(weight1), bias1, hidden if keep_hidden else None, wide)
     _linear.forward(wide, _linear._rows(weight2), bias2, out.view(-1, weight2.shape[0]))
     return out, hidden, activation
 
 
-def _outputs(x: Tensor, weight1: Tensor, weight2: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, and what backward needs: hidden and activation [N, hidden], of no rows where nothing is kept."""
-    empty = {"dtype": x.dtype, "device": x.device}
-    wide = (x.shape[:-1].numel() if keep else 0, weight1.shape[0])
+def _read(weight: Tensor, rounded: Tensor | None) -> Tensor:
+    return weight if rounded is None else rounded
+
+
+def _outputs(
+    x: Tensor, weight1: Tensor, weight2: Tensor, keep_hidden: bool, keep_activation: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, and what backward needs: hidden and activation [N, hidden], of no rows where they are not kept."""
+    empty, rows, width = {"dtype": x.dtype, "device": x.device}, x.shape[:-1].numel(), weight1.shape[0]
     return (
         torch.empty((*x.shape[:-1], weight2.shape[0]), **empty),
-        torch.empty(wide, **empty),
-        torch.empty(wide, **empty),
+        torch.empty((rows if keep_hidden else 0, width), **empty),
+        torch.empty((rows if keep_activation else 0, width), **empty),
     )
 
 
 @_op.register_fake
-def _(x, weight1, bias1, weight2, bias2, keep):
-    return _outputs(x, weight1, weight2, keep)
+def _(x, weight1, bias1, weight2, bias2, rounded1, rounded2, keep_hidden, keep_activation):
+    return _outputs(x, weight1, weight2, keep_hidden, keep_activation)
 
 
 def _gradients(x: Tensor, weight1: Tensor, weight2: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -104,16 +134,19 @@ def _op_backward(
 ) -> list[Tensor]:
     gradients = _gradients(x, weight1, weight2, needs)
     rows = _linear._rows(grad)
-    grad_hidden = torch.empty_like(hidden)
-    hidden_backward(rows, _linear._rows(weight2), hidden, grad_hidden)
+    grad_hidden, again, grad_bias1 = torch.empty_like(hidden), None, None
+    if len(activation) < len(hidden):  # not kept
+        activation = again = torch.empty_like(hidden) if needs[3] else None
+        grad_bias1 = gradients[2] if needs[2] else None
+    hidden_backward(rows, _linear._rows(weight2), hidden, again, grad_bias1, grad_hidden)
     _parameter_gradients(rows, activation, gradients[3:], needs[3:])
-    _parameter_gradients(grad_hidden, _linear._rows(x), gradients[1:3], needs[1:3])
+    _parameter_gradients(grad_hidden, _linear._rows(x), gradients[1:3], [needs[1], needs[2] and grad_bias1 is None])
     if needs[0]:
         _linear.grad_input(grad_hidden, _linear._rows(weight1), gradients[0].view(-1, x.shape[-1]))
     return gradients
 
 
-def _parameter_gradients(grad: Tensor, x: Tensor, gradients: list[Tensor], needs: list[bool]) -> None:
+def _parameter_gradients(grad: Tensor, x: Tensor | None, gradients: list[Tensor], needs: list[bool]) -> None:
     if needs[0]:
         _linear.grad_weight(grad, x, gradients[0], gradients[1] if needs[1] else None)
     elif needs[1]:
@@ -126,17 +159,17 @@ def _(grad, x, weight1, weight2, hidden, activation, needs):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight1, bias1, weight2, bias2, _keep = inputs
+    x, weight1, bias1, weight2, bias2, rounded1, rounded2, *_keep = inputs
     _out, hidden, activation = output
     ctx.dtypes = [None if p is None else p.dtype for p in (x, weight1, bias1, weight2, bias2)]
-    ctx.save_for_backward(x, weight1, weight2, hidden, activation)
+    ctx.save_for_backward(x, _read(weight1, rounded1), _read(weight2, rounded2), hidden, activation)
     ctx.mark_non_differentiable(hidden, activation)
 
 
 def _autograd(ctx, grad: Tensor, _grad_hidden, _grad_activation):
     needs = list(ctx.needs_input_grad[:5])
     gradients = _op_backward(grad, *ctx.saved_tensors, needs)
-    return *(g.to(dtype) if n else None for g, n, dtype in zip(gradients, needs, ctx.dtypes)), None
+    return *(g.to(dtype) if n else None for g, n, dtype in zip(gradients, needs, ctx.dtypes)), *[None] * 4
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -164,10 +197,9 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tens
     _linear.check_parameters(OP, x, x.shape[-1], fc1_weight=fc1_weight, fc1_bias=fc1_bias)
     _linear.check_parameters(OP, x, fc1_weight.shape[0], fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if x.device.type != "cpu" and forced_backend() is None:
-        return _reference(x, *parameters)
+    rounded = (_linear.rounded(fc1_weight, x), _linear.rounded(fc2_weight, x))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    return _op(x, *parameters, keep)[0]
+    return _op(x, *parameters, *rounded, keep, keep and not _linear.by_vendor(x))[0]
 
 
 def _reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._dispatch import Kernel, forced_backend
+from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 
@@ -54,8 +54,9 @@ def _fill_backward(grad_total, grad_normed, total, weight, stats, grad_weight, g
     grad_bias.copy_(g.sum((0, 1)))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.blocks.residual_layer_norm_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 def _contiguous_rows(t: Tensor) -> Tensor:
@@ -153,8 +154,6 @@ def residual_layer_norm(
 
     Returns:
         (x + delta [B, T, D] in the dtype of x, normalised [B, T, D]).
-
-    On CUDA tensors the automatic choice is torch's own addition and LayerNorm.
     """
     _check.check_tensor(OP, "x", x, 3)
     if delta is not None:
@@ -167,9 +166,6 @@ def residual_layer_norm(
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     wide = _wide(x.dtype)
-    if x.device.type != "cpu" and forced_backend() is None:
-        total = x if delta is None else x + delta.to(x.dtype)
-        return total, F.layer_norm(total.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(dtype)
     weight, bias = weight.to(wide), bias.to(wide)
     total, normed, _ = _op(x, delta, weight, bias, eps, dtype)
     return (x if delta is None else total), normed
@@ -219,6 +215,7 @@ SPEC = register(
             "mixed": dict(batch=2, tokens=7, dim=64, mixed=True),
             "no_delta": dict(batch=2, tokens=5, dim=32, delta=False),
             "odd": dict(batch=3, tokens=1, dim=37, strided=True),
+            "wide": dict(batch=1, tokens=3, dim=2100, mixed=True),
             "many_rows": dict(batch=5, tokens=67, dim=16, strided=True, mixed=True),
         },
         space=dict(
@@ -228,6 +225,7 @@ SPEC = register(
         bench={
             "decoder": dict(batch=16, tokens=197, dim=512, mixed=True),
             "encoder": dict(batch=128, tokens=50, dim=768, mixed=True),
+            "encoder_90": dict(batch=128, tokens=20, dim=1024, mixed=True),
         },
         bytes_moved=lambda k: 5 * tensor_bytes(k["x"]) + 4 * tensor_bytes(k["delta"]),
         flops=lambda k: 24 * k["x"].numel(),

@@ -52,8 +52,8 @@ def _fill_backward(grad_out, ids, given, num_prefix, grad_fill) -> None:
 
 
 _TRITON = "fastkd.ops.masked.decoder_assemble_triton"
-forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward", cuda=True)
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward", cuda=True)
 
 
 def _unit_stride(t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ of an image never exists. The backward pass gathers the pixels again, which is c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,10 @@ OP = "visible_patch_embed"
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _options(like: Tensor) -> dict:
+    return dict(dtype=like.dtype, device=like.device)
 
 
 def _rows(images: Tensor, ids: Tensor, affine: Tensor, weight_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -68,21 +73,21 @@ def _fill_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_p
     grad_prefix.copy_(grad_out[:, :num_prefix].sum(0, dtype=wide))
 
 
-def _cpp_forward(images, ids, weight, bias, pos_embed, prefix, affine, out) -> None:
-    native, patch = torch.ops.fastkd_cpu, list(weight.shape[2:])
-    rows = torch.empty(ids.numel(), weight[0].numel(), dtype=weight.dtype)
-    projected = out.flatten(0, 1) if prefix is None else torch.empty(len(rows), len(weight), dtype=weight.dtype)
+def _native_forward(library: str, images, ids, weight, bias, pos_embed, prefix, affine, out) -> None:
+    native, patch = getattr(torch.ops, library), list(weight.shape[2:])
+    rows = torch.empty(ids.numel(), weight[0].numel(), **_options(weight))
+    projected = out.flatten(0, 1) if prefix is None else torch.empty(len(rows), len(weight), **_options(weight))
     native.visible_patch_rows(images, ids, affine, patch, rows)
     torch.mm(rows, weight.flatten(1).t(), out=projected)  # an `out=` call: autocast leaves it alone
     native.visible_patch_finish(projected, ids, bias, pos_embed, prefix, out)
 
 
-def _cpp_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_prefix) -> None:
-    native, patch = torch.ops.fastkd_cpu, list(grad_weight.shape[2:])
-    rows = torch.empty(ids.numel(), grad_weight[0].numel(), dtype=grad_weight.dtype)
+def _native_backward(library: str, grad_out, images, ids, affine, grad_weight, grad_bias, grad_prefix) -> None:
+    native, patch, options = getattr(torch.ops, library), list(grad_weight.shape[2:]), _options(grad_out)
+    rows = torch.empty(ids.numel(), grad_weight[0].numel(), **options)
     copy = None
     if len(grad_prefix) or not grad_out.is_contiguous():
-        copy = torch.empty(len(rows), len(grad_weight), dtype=grad_out.dtype)
+        copy = torch.empty(len(rows), len(grad_weight), **options)
     native.visible_patch_rows(images, ids, affine, patch, rows)
     native.visible_patch_sums(grad_out, copy, grad_bias, grad_prefix)
     grad = grad_out.flatten(0, 1) if copy is None else copy
@@ -90,8 +95,14 @@ def _cpp_backward(grad_out, images, ids, affine, grad_weight, grad_bias, grad_pr
 
 
 _TRITON = "fastkd.ops.masked.visible_patch_embed_triton"
-forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(f"{OP}_backward", reference=_fill_backward, cpp=_cpp_backward, triton=f"{_TRITON}:backward")
+forward = Kernel(
+    OP, reference=_fill_forward, triton=f"{_TRITON}:forward",
+    cpp=partial(_native_forward, "fastkd_cpu"), cuda=partial(_native_forward, "fastkd_cuda"),
+)  # fmt: skip
+backward = Kernel(
+    f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward",
+    cpp=partial(_native_backward, "fastkd_cpu"), cuda=partial(_native_backward, "fastkd_cuda"),
+)  # fmt: skip
 
 
 def _empty_out(ids: Tensor, weight: Tensor, prefix: Tensor | None) -> Tensor:
@@ -119,10 +130,9 @@ def _(images, ids, weight, bias, pos_embed, prefix, mean, std):
 
 
 def _empty_gradients(grad_out: Tensor, num_prefix: int, weight_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    options = dict(dtype=grad_out.dtype, device=grad_out.device)
     width = weight_shape[0]
     shapes = list(weight_shape), [width], [num_prefix, width]
-    return tuple(torch.empty(shape, **options) for shape in shapes)
+    return tuple(torch.empty(shape, **_options(grad_out)) for shape in shapes)
 
 
 @custom_op("visible_patch_embed_backward")
