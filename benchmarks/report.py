@@ -24,6 +24,7 @@ import data_tables
 import device_record
 import floors
 import ops_page
+import teacher_tables
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
 
@@ -189,6 +190,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "changes": changes.table,
     "floors": floors.floor_table,
     "scale": floors.scale_table,
+    "teacher_precision": teacher_tables.precision,
+    "teacher_learning": teacher_tables.learning,
+    "teacher_speed": teacher_tables.speed,
 }
 
 

@@ -16,6 +16,7 @@
 #include "column_sum.cpp"
 #include "gelu.cpp"
 #include "linear.cpp"
+#include "linear_int8.cpp"
 #include "linear_pixel_loss.cpp"
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
@@ -63,6 +64,7 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
+  m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, bool gelu, Tensor(a!) out) -> ()");
   m.def("linear_pixel_loss(Tensor x, Tensor weight, Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, "
         "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
@@ -99,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
   m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));

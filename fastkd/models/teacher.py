@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_vit
+from .quantized import quantize_vit
 from .saving import encoder
 
 
@@ -26,10 +27,14 @@ class Teacher(nn.Module):
         img_size: side or (height, width) of the images; default the source's own, else positions are resized.
         num_heads: see `load_vit`.
         dtype: weights are kept in this dtype, such as `torch.bfloat16`, so that no cast is paid in a step.
+        precision: ``"exact"``, or 8-bit products in all blocks but the first: ``"int8"``, fast on CPUs with AVX2 or
+            better, or ``"fp8"``, fast on GPUs from compute capability 8.9 on; elsewhere they are emulated
+            (`fastkd.models.quantized.why_not_fast`). Features are then off by some per cent.
 
     Attributes:
         vit: the truncated `VisionTransformer`.
         blocks: the tapped indices, in the given order.
+        precision: as given.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Teacher(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         num_heads: int | None = None,
         dtype: torch.dtype | None = None,
+        precision: str = "exact",
     ) -> None:
         super().__init__()
         self.blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
@@ -60,6 +66,8 @@ class Teacher(nn.Module):
                         f"Teacher: {name}: got {len(values)} values, expected {vit.in_chans}, one a channel"
                     )
                 setattr(vit, name, tuple(map(float, values)))
+        self.precision = precision
+        quantize_vit(vit, precision)  # before the cast, from the full weights
         self.__dict__["vit"] = vit if dtype is None else vit.to(dtype)
         super().train(False)
 
@@ -96,7 +104,8 @@ class Teacher(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"blocks={self.blocks}, width={self.embed_dim}, patch={self.vit.patch_size}, image={self.vit.img_size}"
+        shape = f"blocks={self.blocks}, width={self.embed_dim}, patch={self.vit.patch_size}, image={self.vit.img_size}"
+        return shape if self.precision == "exact" else f"{shape}, {self.precision}"
 
     @torch.no_grad()
     def forward(

@@ -5,7 +5,10 @@ from ._spec import SPECS, OpSpec
 from .blocks.attention import attention
 from .blocks.gelu import gelu
 from .blocks.linear import linear
+from .blocks.linear_fp8 import linear_fp8
+from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
+from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
@@ -27,10 +30,13 @@ __all__ = [
     "feature_alignment_loss",
     "gelu",
     "linear",
+    "linear_fp8",
+    "linear_int8",
     "linear_pixel_loss",
     "masked_pixel_loss",
     "mlp",
     "patchify",
+    "quantize_rows",
     "random_masking",
     "residual_layer_norm",
     "resized_crop",

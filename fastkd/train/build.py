@@ -15,6 +15,7 @@ from fastkd.data import ImageLoader, PackedImages, open_images
 from fastkd.methods.dmae import DMAE
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, mae_vit
 from fastkd.models.mae import SIZES
+from fastkd.models.quantized import why_not_fast
 
 from . import checkpoint
 from .config import ConfigError, DistillConfig, problem
@@ -94,6 +95,9 @@ def build(config: DistillConfig, device: torch.device) -> tuple[DMAE, DistillCon
             if not all(0 <= block < depth for block in changes[argument]):
                 problems.append(problem(argument, changes[argument], f"indices from 0 to {depth - 1}"))
     config = dataclasses.replace(config, **changes)
+    slow = why_not_fast(config.teacher_precision, device, AMP[config.amp] or torch.float32)
+    if slow and teacher is not None:
+        problems.append(problem("teacher_precision", config.teacher_precision, "exact", slow))
     patches = student.num_patches
     visible = int(patches * (1 - config.mask_ratio))
     if not 0 < visible < patches:
@@ -103,7 +107,7 @@ def build(config: DistillConfig, device: torch.device) -> tuple[DMAE, DistillCon
         raise ConfigError(problems)
     try:
         if teacher is not None:
-            teacher = Teacher(teacher, config.teacher_blocks, dtype=AMP[config.amp])
+            teacher = Teacher(teacher, config.teacher_blocks, dtype=AMP[config.amp], precision=config.teacher_precision)
         torch.manual_seed(config.seed + 1)  # projectors: the same whatever was drawn above
         model = DMAE(
             student,

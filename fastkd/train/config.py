@@ -102,6 +102,9 @@ class DistillConfig:
 
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto: bf16 where the hardware has it (on old GPUs fp16), else float32."""
+    teacher_precision: Literal["exact", "int8", "fp8"] = "exact"
+    """Products of the frozen teacher: as --amp says, or 8-bit, int8 on CPUs and fp8 on GPUs from compute capability 8.9
+    (Ada, Hopper) on; its features are then off by some per cent."""
     residual: Literal["fp32", "amp"] = "fp32"
     """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
     device: str = "auto"
