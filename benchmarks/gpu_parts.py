@@ -254,16 +254,21 @@ def profile(part: Part) -> None:
     if part.dry_run:
         script += "--tiny --batch 2 --dtype float32".split()
     codes = []
-    for ratio in ("0.95",) if part.dry_run else ("0.95", "0.75"):
+    for ratio in ("0.75",) if part.dry_run else ("0.95", "0.75"):
         counters = ["--ncu", "--limit", f"{0.6 * part.left:.0f}"] if ratio == "0.95" and part.device == "cuda" else []
         codes.append(part.python(*script, "--ratio", ratio, *counters).returncode)
     raise SystemExit(max(codes))
 
 
 def data(part: Part) -> None:
-    small = "--images 8 --batch 4 --batches 2 --rounds 1".split() if part.dry_run else []
-    done = part.python(HERE / "loaders.py", "--device", part.device, "--out", part.out, *small)
-    raise SystemExit(done.returncode)
+    """Loaders alone, then the step that they feed."""
+    common = ["--device", part.device, "--out", part.out, "--workers", str(max(1, (os.cpu_count() or 1) - 2))]
+    alone, fed = ["--batch", "128"], []
+    if part.dry_run:
+        alone = "--pictures 8 --batch 4 --batches 1 --rounds 1".split()
+        fed = "--pictures 8 --batch 2 --steps 1 --rounds 1 --ratios 0.95 --teacher micro --student micro".split()
+    codes = [part.python(HERE / "loaders.py", *common, *alone), part.python(HERE / "fed_step.py", *common, *fed)]
+    raise SystemExit(max(done.returncode for done in codes))
 
 
 def teacher(part: Part) -> None:

@@ -18,6 +18,7 @@ from fastkd.methods import DMAE
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer
 from fastkd.ops import random_masking
 from fastkd.train import CudaGraphs, TrainingStep, adamw
+from fastkd.train.host import same_bits
 
 LOSSES = ("pixel_loss", "align_loss")
 EXACT_MODES = ("released", "eager", "compiled", "exact_eager", "exact")  # exact_eager: exact without a CUDA graph
@@ -116,7 +117,8 @@ class FastStep:
             self._step = TrainingStep(
                 self.model, self.optimizer, mask_ratio, amp=amp, scaler=self.scaler, graphs=graphs
             )
-        return self._step(iter([fastkd.data.Batch(images, keys, None, ())]))
+        with same_bits(torch.device(self.device)):  # as training runs it
+            return self._step(iter([fastkd.data.Batch(images, keys, None, ())]))
 
     def captured(self, images: Tensor, keys: Tensor, mask_ratio: float, restore: Callable[[], None]) -> tuple:
         """(losses, gradients) of a replayed step, the very thing that is timed.

@@ -23,6 +23,7 @@ from fastkd.models import MaskedAutoencoderViT, load_vit
 from fastkd.ops import patchify
 from fastkd.train import ConfigError, TrainingError, adamw, checkpoint, distill, lr_at, param_groups, set_lr
 from fastkd.train.held_out import HeldOut
+from fastkd.train.host import same_bits
 from fastkd.train.plots import _fill_in
 from fastkd.train.track import Reporter
 
@@ -450,3 +451,15 @@ def test_memory_stays_with_the_process():
         for keep in ("no", "yes")
     }
     assert faults["yes"] < 1000 and faults["yes"] < faults["no"] / 10
+
+
+def test_same_bits_asks_torch_for_a_fixed_order_and_restores(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with same_bits(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), same_bits(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
