@@ -48,6 +48,8 @@ from modes import EXACT_MODES, INEXACT_MODES, Batch, Mode, faster_attention
 from plots import plot
 from stages import STAGES, StageClock, medians, peak_bytes
 
+from fastkd.train.host import keep_memory
+
 MODES = EXACT_MODES + INEXACT_MODES
 SAME_FLOPS = {"compiled": "eager", "decode_25": "exact", "exact_eager": "exact"}
 
@@ -250,6 +252,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from rich.console import Console
 
     args, started = arguments(argv), time.perf_counter()
+    keep_memory()  # as `fastkd distill` does, for every mode
     console = Console(width=None if sys.stdout.isatty() else 190)
     benchmark = Benchmark(args, console.print)
     for dtype, (written_out, times) in benchmark.attention.items():

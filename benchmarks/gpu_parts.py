@@ -249,7 +249,31 @@ def step(part: Part) -> None:
     raise SystemExit(code)
 
 
-FUNCTIONS = {f.__name__: f for f in (build, check, check_op, sanitize, sanitize_run, roofs, ops, step)}
+def profile(part: Part) -> None:
+    script = [HERE / "step_profile.py", "--device", part.device, "--out", part.out]
+    if part.dry_run:
+        script += "--tiny --batch 2 --dtype float32".split()
+    codes = []
+    for ratio in ("0.95",) if part.dry_run else ("0.95", "0.75"):
+        counters = ["--ncu", "--limit", f"{0.6 * part.left:.0f}"] if ratio == "0.95" and part.device == "cuda" else []
+        codes.append(part.python(*script, "--ratio", ratio, *counters).returncode)
+    raise SystemExit(max(codes))
+
+
+def data(part: Part) -> None:
+    small = "--images 8 --batch 4 --batches 2 --rounds 1".split() if part.dry_run else []
+    done = part.python(HERE / "loaders.py", "--device", part.device, "--out", part.out, *small)
+    raise SystemExit(done.returncode)
+
+
+def teacher(part: Part) -> None:
+    small = ["--small"] if part.dry_run else []
+    done = part.python(HERE / "teacher_precision.py", "--device", part.device, "--out", part.out, *small)
+    raise SystemExit(done.returncode)
+
+
+PARTS = (build, check, check_op, sanitize, sanitize_run, roofs, ops, step, profile, data, teacher)
+FUNCTIONS = {f.__name__: f for f in PARTS}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

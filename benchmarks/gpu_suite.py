@@ -1,15 +1,18 @@
 """Everything that needs a GPU, in one command: build, check, sanitise, measure. Fits in 9 minutes.
 
     python benchmarks/gpu_suite.py                                   # results under $OUT, else runs/gpu
-    python benchmarks/gpu_suite.py --parts step --budget 500         # one part again
+    python benchmarks/gpu_suite.py --parts step --budget 500         # one part again, or what was left out
     python benchmarks/gpu_suite.py --device cpu --dry-run            # the suite's own logic, on any machine
 
     build      the CUDA library for this device, in place (setup.py build_ext --inplace)
     check      every op x backend x float32/bfloat16/float16 against float64, bit-equal reruns; golden data
-    sanitize   compute-sanitizer memcheck and racecheck on small cases of every kernel
     roofs      copy bandwidth and matrix products
-    ops        every op against eager and compiled PyTorch (ops.py)
     step       the whole training step (dmae_throughput.py), first without `compiled`, then with it
+    ops        every op against its peers: eager and compiled PyTorch, SDPA, FlexAttention, Liger-Kernel (ops.py)
+    profile    kernels of the step by time, and counters of the five hottest from Nsight Compute (step_profile.py)
+    data       pictures per second of every loader, and of the step that they feed (loaders.py)
+    teacher    the frozen teacher in 8 bits: error and speed (teacher_precision.py)
+    sanitize   compute-sanitizer memcheck and racecheck on small cases of every kernel
 
 Each part is a process of its own with its own time limit, so a crash or a hang in one does not lose the others; what
 a part has measured before it was stopped is kept. Needs torch, triton, numpy, rich, matplotlib and pytest; no
@@ -33,10 +36,13 @@ ROOT = HERE.parent
 PARTS = {
     "build": (0.25, 5),
     "check": (0.3, 10),
-    "sanitize": (0.2, 10),
     "roofs": (0.05, 5),
-    "ops": (0.2, 10),
-    "step": (1.0, 20),
+    "step": (0.5, 20),
+    "ops": (0.25, 10),
+    "profile": (0.15, 10),
+    "data": (0.15, 10),
+    "teacher": (0.1, 10),
+    "sanitize": (0.3, 10),
 }
 
 

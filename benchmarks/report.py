@@ -18,7 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import changes
 import common
+import data_tables
 import device_record
 import floors
 import ops_page
@@ -26,7 +28,7 @@ import teacher_tables
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/data.md")
 MARKER = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -183,6 +185,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "dmae_cpu_stages": if_measured(stage_table),
     "gpu": gpu_table,
     "demo": demo_table,
+    "loaders": data_tables.loader_table,
+    "masks_per_image": data_tables.masks_table,
+    "changes": changes.table,
     "floors": floors.floor_table,
     "scale": floors.scale_table,
     "teacher_precision": teacher_tables.precision,

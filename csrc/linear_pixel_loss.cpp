@@ -60,6 +60,15 @@ namespace {
 template <class Pixel>
 class PatchWindows {
  public:
+  // What is read of a window, in registers.
+  struct Lanes {
+    __m512 scale, shift;
+    __mmask16 first, second;
+    int32_t start, jump;
+    bool runs;
+    const int32_t* offset;
+  };
+
   struct alignas(64) Window {
     float scale[16] = {}, shift[16] = {};
     int32_t offset[16] = {};          // elements from the patch's corner
@@ -112,19 +121,22 @@ class PatchWindows {
   }
 
   // Where values 16 k and on lie.
-  const Window& window(int64_t k) const { return windows_[k]; }
+  Lanes window(int64_t k) const {
+    const Window& w = windows_[k];
+    return {_mm512_load_ps(w.scale), _mm512_load_ps(w.shift), w.first, w.second, w.offset[0], w.jump, w.runs, w.offset};
+  }
 
   // These values of the patch at `corner`, times scale plus shift; lanes beyond the patch are 0.
-  __m512 read(const Pixel* corner, const Window& w) const {
-    return _mm512_fmadd_ps(load(corner, w), _mm512_load_ps(w.scale), _mm512_load_ps(w.shift));
+  static __m512 read(const Pixel* corner, const Lanes& w) {
+    return _mm512_fmadd_ps(load(corner, w), w.scale, w.shift);
   }
 
  private:
-  static __m512 load(const Pixel* corner, const Window& w) {
+  static __m512 load(const Pixel* corner, const Lanes& w) {
     if constexpr (std::is_same_v<Pixel, uint8_t>) {
       __m128i bytes;
       if (w.runs) {
-        bytes = _mm_maskz_loadu_epi8(w.first, corner + w.offset[0]);
+        bytes = _mm_maskz_loadu_epi8(w.first, corner + w.start);
         bytes = _mm_mask_loadu_epi8(bytes, w.second, corner + w.jump);
       } else {
         alignas(16) uint8_t line[16];
@@ -212,7 +224,7 @@ void linear_pixel_loss(const Tensor& x, const Tensor& weight, const std::optiona
         amx::TransposedColumns<float>{amx::matrix<float>(weight)},
         [&](int64_t i, int64_t j) {
           amx::fetch_to_write(to + i * n + j);
-          patches.fetch(targets[i].corner, j / 16);
+          patches.fetch(targets[std::min(i, m - 1)].corner, j / 16);  // asked for whole tiles of 16 rows
         },
         [&](int64_t i, int64_t j, int64_t rows, int64_t width, const float* c) {
           const __mmask16 lanes[2] = {amx::first16(width), amx::first16(width - 16)};

@@ -20,6 +20,7 @@
 #include "linear_pixel_loss.cpp"
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
+#include "resized_crop.cpp"
 #endif
 
 namespace fastkd {
@@ -76,6 +77,8 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(b!) stats, Tensor(c!) normed) -> ()");
   m.def("residual_layer_norm_backward(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, "
         "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
+  m.def("resized_crop(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flip, int[] max_box, "
+        "Tensor(a!) out) -> ()");
 #endif
 }
 
@@ -107,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
+  m.impl("resized_crop", TORCH_BOX(&resized_crop));
 #endif
 }
 

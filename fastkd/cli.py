@@ -1,4 +1,4 @@
-"""The command line: ``fastkd distill | demo | bench | info | export``. Heavy imports wait for the command."""
+"""The command line: ``fastkd distill | pack | demo | bench | info | export``. Heavy imports wait for the command."""
 
 from __future__ import annotations
 
@@ -31,6 +31,24 @@ class Export:
     """Resize the position tables for images of this side, or height and width."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class Pack:
+    """Decode the images of a folder once and keep their pixels: training then reads them without decoding."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of images, at any depth; the first folder level is the class."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; --data of fastkd distill takes it. The same command goes on where it was stopped."""
+    short_side: int = 256
+    """Shrink images until their shorter side has so many pixels; smaller ones stay as they are."""
+    channels: Literal[1, 3] = 3
+    """Colour (3) or grey (1)."""
+    shard_mb: int = 512
+    """Size of a file of pixels in megabytes, roughly."""
+    workers: int = -1
+    """Decoding processes; -1: one per core, 0 decodes in this process."""
+
+
 @dataclasses.dataclass
 class Info:
     """Versions, CPU, native libraries, and which backend each op takes here and why."""
@@ -52,6 +70,14 @@ def distill(arguments: list[str]) -> int:
     except (TrainingError, UnreadableError) as error:
         return _say(f"fastkd distill: {error}", 1)
     return 0 if result.finished else STOPPED
+
+
+def pack(arguments: list[str]) -> int:
+    """Decode a folder of images once, for training that does not wait for decoding."""
+    options = _parse(Pack, "pack", arguments)
+    from fastkd.data.pack_command import run
+
+    return run(options)
 
 
 def export(arguments: list[str]) -> int:
@@ -128,6 +154,7 @@ def bench(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
+    "pack": pack,
     "demo": demo,
     "bench": bench,
     "info": info,

@@ -37,8 +37,9 @@ def test_every_kernel_compiles_for_every_architecture(rows):
     assert wanted <= {(row["op"], row["kernel"], row["arch"]) for row in rows}  # more: what ops share
 
 
-# Bytes a thread. Triton 3.6 needs a few more registers for the 128 x 128 tile on sm_80 than there are; 3.9 does not.
-SPILLS = {("visible_patch_embed", "_forward_kernel", 80): 96}
+# Bytes a thread. Triton 3.6 needs a few more registers for the 128 x 128 tile on sm_80 than there are, and for 50 keys
+# on sm_100 than the assembler grants; 3.9 does not.
+SPILLS = {("visible_patch_embed", "_forward_kernel", 80): 96, ("attention", "_backward_kernel", 100): 8}
 
 
 def test_no_kernel_spills(rows):

@@ -298,6 +298,16 @@ def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
         def wait_event(self, event):
             log.append(("waited for", event))
 
+    class Event:
+        def __init__(self, blocking):
+            assert blocking
+
+        def record(self, stream):
+            self.after = [step for what, step, *_ in log if what == "used"][-1]
+
+        def synchronize(self):
+            log.append(("host waited for", self.after))
+
     class OnHost(NamedTuple):
         images: int
         keys: int
@@ -315,6 +325,7 @@ def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
         yield
         inside.pop()
 
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name="main"))
@@ -324,7 +335,7 @@ def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
     assert log == [
         ("copied", 0), ("copied", 1), ("waited for", 0), *kept[0], ("used", 0),
         ("copied", 2), ("waited for", 1), *kept[1], ("used", 1),
-        ("waited for", 2), *kept[2], ("used", 2),
+        ("waited for", 2), *kept[2], ("used", 2), ("host waited for", 0),
     ]  # fmt: skip
 
 

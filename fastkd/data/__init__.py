@@ -1,7 +1,9 @@
-"""Image folders: listing, decoding, augmentation, and a loader that resumes to the same batches."""
+"""Image folders and packed images: listing, decoding, augmentation, and a loader that resumes to the same batches."""
 
 from .folder import IMAGE_SUFFIXES, ImageFolder
-from .loader import Batch, ImageLoader, UnreadableError
+from .loader import Batch, ImageLoader, UnreadableError, open_images
+from .pack import pack
+from .packed import PackedImages
 from .transforms import center_crop, load_images, open_image, random_resized_crop
 
 __all__ = [
@@ -9,9 +11,12 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "ImageFolder",
     "ImageLoader",
+    "PackedImages",
     "UnreadableError",
     "center_crop",
     "load_images",
     "open_image",
+    "open_images",
+    "pack",
     "random_resized_crop",
 ]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
+from .transforms import center_crop
+
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .tga".split()
 )
@@ -53,6 +57,10 @@ class ImageFolder:
     def path(self, index: int) -> str:
         """Full path of an image."""
         return f"{self.root}/{self.paths[index]}"
+
+    def center_crop(self, index: int, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+        """Evaluation view of an image, uint8 [height, width, channels] (see `fastkd.data.center_crop`)."""
+        return center_crop(self.path(index), size, channels=channels)
 
 
 def _walk(root: str):

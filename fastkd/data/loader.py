@@ -8,6 +8,7 @@ point of resuming changes a batch, and ranks that share a global batch see exact
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .crops import PackedViews
 from .folder import ImageFolder
+from .packed import PackedImages, is_packed
 from .prefetch import on_device
 from .transforms import random_resized_crop
 
@@ -56,33 +59,52 @@ class Batch(NamedTuple):
         return self._replace(images=images, keys=keys)
 
 
-class ImageLoader:
-    """Endless iterator of training batches over an image folder.
+def open_images(folder: str | os.PathLike) -> ImageFolder | PackedImages:
+    """The images of a folder: packed pixels where ``fastkd pack`` wrote it, else its image files."""
+    return PackedImages(folder) if is_packed(folder) else ImageFolder(folder)
 
-    An epoch is one random order of the images cut into global batches of ``batch_size * world_size``; the incomplete
+
+def draw(seed: int, masks: int, place: tuple[int, int, int]) -> tuple[np.random.Generator, np.ndarray]:
+    """The generator of the sample at (pass, repeat, index) and its mask keys, which come first.
+
+    So an unreadable file keeps its masks, and crops do not depend on how the pixels are stored.
+    """
+    random = np.random.default_rng((seed, *place))
+    return random, random.integers(1 << 63, size=masks)
+
+
+class ImageLoader:
+    """Endless iterator of training batches over an image folder or a packed one.
+
+    A pass is one random order of the images cut into global batches of ``batch_size * world_size``; the incomplete
     last one is left out. Rank r takes rows ``[r * batch_size, (r + 1) * batch_size)`` of each global batch. A folder
     with fewer images than a global batch is repeated within the batch, each time with another crop and mask.
 
+    With ``masks_per_image = K`` each view (crop and flip) of an image stands K times in a row in its batch, under K
+    different masks. An epoch remains as many views as there are images, so schedules and costs of training stay what
+    they are; but a pass then lasts K epochs, and only ``1 / K`` of the images are decoded per epoch.
+
     Args:
-        folder: `ImageFolder` or path.
+        folder: `ImageFolder`, `PackedImages` or the path of either.
         size: (height, width) of the images.
-        batch_size: images per batch and process.
+        batch_size: views per batch and process, a multiple of `masks_per_image`.
         channels: 3 (RGB) or 1 (grey).
         seed: fixes everything.
         workers: decoding processes; 0 decodes in this process.
         rank, world_size: this process among those that share a global batch.
         device: where images and keys are wanted; batches for a GPU are copied two ahead (see `on_device`).
+        masks_per_image: masks K under which each decoded view is seen.
         augmentation: keyword arguments of `random_resized_crop` (scale, ratio, flip).
 
     Attributes:
-        batches_per_epoch: global batches in an epoch.
+        batches_per_epoch: global batches in an epoch; batches_per_pass: until every image was decoded once.
         skipped: unreadable files met and replaced so far by this process.
         wait_seconds: time that this process has waited for batches.
     """
 
     def __init__(
         self,
-        folder: ImageFolder | str | os.PathLike,
+        folder: ImageFolder | PackedImages | str | os.PathLike,
         size: tuple[int, int],
         batch_size: int,
         *,
@@ -92,19 +114,28 @@ class ImageLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        masks_per_image: int = 1,
         **augmentation,
     ) -> None:
-        folder = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+        folder = open_images(folder) if isinstance(folder, (str, os.PathLike)) else folder
         if channels not in (1, 3):
             raise ValueError(f"channels: got {channels}, expected 3 (RGB) or 1 (grey)")
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        self.folder = folder
+        if masks_per_image < 1 or batch_size % masks_per_image:
+            expected = f"at least 1 and a divisor of batch_size {batch_size}"
+            raise ValueError(f"masks_per_image: got {masks_per_image}, expected {expected}")
+        self.folder, self.masks_per_image = folder, masks_per_image
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.device = torch.device(device)
         self.global_batch = batch_size * world_size
         self.batches_per_epoch = max(1, len(folder) // self.global_batch)
-        self._views = _Views(folder, size, channels, seed, augmentation)
+        self.batches_per_pass = max(1, len(folder) // (self.global_batch // masks_per_image))
+        drawn = functools.partial(draw, seed, masks_per_image)
+        if isinstance(folder, PackedImages):
+            self._views = PackedViews(folder, size, channels, drawn, augmentation, self.device)
+        else:
+            self._views = _Views(folder, size, channels, drawn, augmentation)
         self._options = dict(
             batch_size=None,
             collate_fn=_as_it_is,
@@ -130,17 +161,25 @@ class ImageLoader:
         Raises:
             UnreadableError: many files in a row cannot be read.
         """
-        if len(self.folder) < self.global_batch and self.rank == 0:
+        if len(self.folder) < self.global_batch // self.masks_per_image and self.rank == 0:
             logger.warning(
                 "%s has %d images, fewer than one batch of %d: they are repeated within the batch, each time with "
                 "another crop and mask (a smaller batch size avoids this)",
-                self.folder.root, len(self.folder), self.global_batch,
+                self.folder.root, len(self.folder), self.global_batch // self.masks_per_image,
             )  # fmt: skip
         with contextlib.closing(on_device(self._loaded(), self.device)) as batches:
             for batch in batches:
                 self._position += 1
                 self._report(batch)
-                yield batch
+                yield self._repeated(batch)
+
+    def _repeated(self, batch: Batch) -> Batch:
+        """Each view once per mask; on the device, so that a view travels once."""
+        masks = self.masks_per_image
+        if masks == 1:
+            return batch
+        images, indices = (tensor.repeat_interleave(masks, 0) for tensor in (batch.images, batch.indices))
+        return batch._replace(images=images, indices=indices)
 
     def _loaded(self) -> Iterator[Batch]:
         """Batches on the CPU; the time that they keep this process waiting counts."""
@@ -152,15 +191,15 @@ class ImageLoader:
             yield batch
 
     def _keys(self, position: int) -> Iterator[list[tuple[int, int, int]]]:
-        """(epoch, repeat, index) of the images of this rank's batches, from a position on, without end."""
-        count = len(self.folder)
-        for epoch in itertools.count(position // self.batches_per_epoch):
-            order = np.random.default_rng((self.seed, epoch)).permutation(count)
-            start = position % self.batches_per_epoch if epoch == position // self.batches_per_epoch else 0
-            for batch in range(start, self.batches_per_epoch):
-                first = batch * self.global_batch + self.rank * self.batch_size
-                places = range(first, first + self.batch_size)
-                yield [(epoch, place // count, int(order[place % count])) for place in places]
+        """(pass, repeat, index) of the images of this rank's batches, from a position on, without end."""
+        count, mine = len(self.folder), self.batch_size // self.masks_per_image
+        for number in itertools.count(position // self.batches_per_pass):
+            order = np.random.default_rng((self.seed, number)).permutation(count)
+            start = position % self.batches_per_pass if number == position // self.batches_per_pass else 0
+            for batch in range(start, self.batches_per_pass):
+                first = (batch * self.world_size + self.rank) * mine
+                places = range(first, first + mine)
+                yield [(number, place // count, int(order[place % count])) for place in places]
 
     def _report(self, batch: Batch) -> None:
         self.skipped += len(batch.failures)
@@ -178,7 +217,7 @@ class ImageLoader:
         """Position and what it depends on; plain numbers and strings."""
         return dict(
             position=self._position, skipped=self.skipped, seed=self.seed, global_batch=self.global_batch,
-            images=len(self.folder), fingerprint=self._fingerprint(),
+            masks_per_image=self.masks_per_image, images=len(self.folder), fingerprint=self._fingerprint(),
         )  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -187,8 +226,8 @@ class ImageLoader:
         Raises:
             ValueError: other images, another seed or another global batch: the batches would not be the same.
         """
-        here = self.state_dict()
-        for name in ("seed", "global_batch", "images", "fingerprint"):
+        here, state = self.state_dict(), {"masks_per_image": 1, **state}
+        for name in ("seed", "global_batch", "masks_per_image", "images", "fingerprint"):
             if state[name] != here[name]:
                 what = "names of the images" if name == "fingerprint" else name.replace("_", " ")
                 raise ValueError(
@@ -206,20 +245,19 @@ class _Views(torch.utils.data.Dataset):
 
     attempts = 20
 
-    def __init__(self, folder: ImageFolder, size, channels, seed, augmentation) -> None:
-        self.folder, self.size, self.channels = folder, tuple(size), channels
-        self.seed, self.augmentation = seed, augmentation
+    def __init__(self, folder: ImageFolder, size, channels, draw, augmentation) -> None:
+        self.folder, self.size, self.channels, self.draw = folder, tuple(size), channels, draw
+        self.augmentation = augmentation
 
-    def __getitem__(self, keys: list[tuple[int, int, int]]) -> Batch:
-        images = torch.empty((len(keys), *self.size, self.channels), dtype=torch.uint8)
-        pixels = images.numpy()
-        masks, indices = (torch.empty(len(keys), dtype=torch.int64) for _ in range(2))
-        failures: list[tuple[str, str]] = []
-        for row, (epoch, repeat, index) in enumerate(keys):
-            random = np.random.default_rng((self.seed, epoch, repeat, index))
-            masks[row] = int(random.integers(1 << 63))  # drawn first: an unreadable file keeps the mask
-            pixels[row], indices[row] = self._view(index, random, failures)
-        return Batch(images, masks, indices, tuple(failures))
+    def __getitem__(self, places: list[tuple[int, int, int]]) -> Batch:
+        images = torch.empty((len(places), *self.size, self.channels), dtype=torch.uint8)
+        pixels, indices = images.numpy(), torch.empty(len(places), dtype=torch.int64)
+        keys, failures = [], []
+        for row, place in enumerate(places):
+            random, drawn = self.draw(place)
+            keys.append(drawn)
+            pixels[row], indices[row] = self._view(place[-1], random, failures)
+        return Batch(images, torch.from_numpy(np.concatenate(keys)), indices, tuple(failures))
 
     def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray | int, int]:
         """The augmented image and its index, which is another one where files are unreadable; (0, -1) in the end."""

@@ -18,15 +18,17 @@ def on_device(batches: Iterator[Batch], device: torch.device | str, depth: int =
     Args:
         batches: on the CPU; page-locked ones, or their copies to a GPU are not asynchronous.
         device: on ``cpu`` the batches pass as they are, one by one.
-        depth: batches that wait on the GPU.
+        depth: batches that wait on the GPU, and steps that may be queued there.
 
-    Copies have a stream of their own. What comes out is ready for the stream that is current where it comes out.
+    Copies have a stream of their own. What comes out is ready for the stream that is current where it comes out. A host
+    that is more than `depth` steps ahead of the GPU is held back here: it would only pile up batches, and the time that
+    it then waits for the loader would say nothing.
     """
     device = torch.device(device)
     if device.type != "cuda":
         yield from batches
         return
-    copies, waiting = torch.cuda.Stream(device), deque()
+    copies, waiting, queued = torch.cuda.Stream(device), deque(), deque()
     while True:
         while len(waiting) < depth and (batch := next(batches, None)) is not None:
             with torch.cuda.stream(copies):
@@ -39,3 +41,7 @@ def on_device(batches: Iterator[Batch], device: torch.device | str, depth: int =
         for tensor in (batch.images, batch.keys):
             tensor.record_stream(consumer)  # its memory belongs to `copies`, which must not take it back too early
         yield batch
+        queued.append(torch.cuda.Event(blocking=True))
+        queued[-1].record(consumer)  # the end of the step that got the batch
+        if len(queued) > depth:
+            queued.popleft().synchronize()

@@ -117,19 +117,30 @@ def random_resized_crop(
     return view.reshape(*size, channels)
 
 
+def center_box(full: Size, size: Size, share: float = 0.875) -> Box:
+    """The central box of the wanted shape that covers `share` of the shorter fit in an image of (height, width)."""
+    unit = min(full[0] / size[0], full[1] / size[1]) * share
+    height, width = max(1, round(size[0] * unit)), max(1, round(size[1] * unit))
+    return (full[0] - height) // 2, (full[1] - width) // 2, height, width
+
+
 def center_crop(path: str | os.PathLike, size: Size, *, channels: int = 3, share: float = 0.875) -> np.ndarray:
     """Evaluation view: the central box of the wanted shape that covers `share` of the shorter fit, resized.
 
     With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre".
     """
-
-    def choose(full: Size) -> Box:
-        unit = min(full[0] / size[0], full[1] / size[1]) * share
-        height, width = max(1, round(size[0] * unit)), max(1, round(size[1] * unit))
-        return (full[0] - height) // 2, (full[1] - width) // 2, height, width
-
     with Image.open(path) as image:
-        return _crop(image, choose, size, channels).reshape(*size, channels)
+        return _crop(image, lambda full: center_box(full, size, share), size, channels).reshape(*size, channels)
+
+
+def shrink(path: str | os.PathLike, short_side: int, channels: int = 3) -> np.ndarray:
+    """The whole picture, its shorter side shrunk to `short_side` (never enlarged); uint8 [height, width, channels]."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+        height, width = image.size if turned else image.size[::-1]
+        scale = min(1.0, short_side / min(height, width))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        return _crop(image, lambda full: (0, 0, *full), size, channels).reshape(*size, channels)
 
 
 def load_images(

@@ -25,6 +25,8 @@ class Recipe:
     batch_size: int
     lr: float
     weight_decay: float = 0.05
+    masks_per_image: int = 1
+    """Masks under which each picture of a batch is seen; the batch holds so many times fewer pictures."""
 
 
 def statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
@@ -107,7 +109,8 @@ def fit(
         start = clock()
         # Half a step ahead: neither the first nor the last step has a learning rate of zero.
         set_lr(optimizer, lr_at(step + 0.5, lr=recipe.lr, warmup_epochs=recipe.steps / 10, epochs=recipe.steps))
-        index = torch.randint(len(images), (recipe.batch_size,), generator=random)
+        index = torch.randint(len(images), (recipe.batch_size // recipe.masks_per_image,), generator=random)
+        index = index.repeat_interleave(recipe.masks_per_image)
         noise = torch.rand(recipe.batch_size, patches, generator=random)
         result = model(images[index.to(images.device)], ratio, noise.to(images.device))
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
+from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -38,6 +39,7 @@ __all__ = [
     "quantize_rows",
     "random_masking",
     "residual_layer_norm",
+    "resized_crop",
     "unpatchify",
     "visible_patch_embed",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastkd import _native
-from fastkd.data import ImageFolder, ImageLoader
+from fastkd.data import ImageLoader, PackedImages, open_images
 from fastkd.methods.dmae import DMAE
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, mae_vit
 from fastkd.models.mae import SIZES
@@ -153,22 +153,30 @@ def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> to
 def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, DistillConfig]:
     """The training images, and the config with length and learning rate in numbers."""
     try:
-        folder = ImageFolder(config.data)
+        folder = open_images(config.data)
     except (OSError, ValueError) as error:
         raise ConfigError([f"--data: {error}"]) from error
+    packed = isinstance(folder, PackedImages)
+    if packed != (config.loader == "packed") and config.loader != "auto":
+        kind = "packed images (--loader auto or packed)" if packed else "image files (--loader auto, pil or dali)"
+        raise ConfigError([problem("loader", config.loader, f"what reads {config.data}, {kind}")])
     on_gpu = group.device.type == "cuda"
-    loader = ImageLoader(
-        folder,
-        config.img_size,
-        config.batch_size,
-        channels=config.in_chans,
-        seed=config.seed,
-        workers=choose_workers(config.workers, on_gpu, group.world_size),
-        rank=group.rank,
-        world_size=group.world_size,
-        device=group.device,
-        scale=config.scale,
-    )
+    try:
+        loader = choose_loader(config.loader)(
+            folder,
+            config.img_size,
+            config.batch_size,
+            channels=config.in_chans,
+            seed=config.seed,
+            workers=choose_workers(config.workers, on_gpu, group.world_size),
+            rank=group.rank,
+            world_size=group.world_size,
+            device=group.device,
+            masks_per_image=config.masks_per_image,
+            scale=config.scale,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError([f"--data: {error}"]) from error
     steps_per_epoch = loader.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, math.floor(config.epochs * steps_per_epoch))
     epochs = config.epochs if config.steps is None else steps / steps_per_epoch
@@ -180,6 +188,15 @@ def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, 
         lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
         val_every=config.val_every or max(1, steps // 10),
     )
+
+
+def choose_loader(name: str) -> type[ImageLoader]:
+    """The loader class behind --loader. ImportError where DALI is wanted and missing."""
+    if name == "dali":
+        from fastkd.data.dali import DaliLoader
+
+        return DaliLoader
+    return ImageLoader
 
 
 def choose_workers(workers: int, on_gpu: bool, processes_here: int) -> int:

@@ -31,7 +31,7 @@ class DistillConfig:
     """What learns: a name such as vit_tiny_patch14 or mae_vit_base_patch16 (sizes tiny, small, base, large, huge), or
     a checkpoint or run to start from."""
     data: Path
-    """Folder of images, at any depth; class folders do not matter."""
+    """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
     out: Path
     """Run folder to write: config.json, checkpoints, exported_models, metrics.jsonl, train.log, plots."""
 
@@ -91,6 +91,12 @@ class DistillConfig:
     """AdamW of torch (fused), or of NVIDIA's apex where that is built from source (GPUs only)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image that a random crop covers, smallest and largest."""
+    masks_per_image: int = 1
+    """Masks under which each decoded view is seen, in the same batch (a divisor of --batch-size). Above 1 the data path
+    does a fraction of the work for the same number of views, but batches are less varied: not the published order."""
+    loader: Literal["auto", "pil", "packed", "dali"] = "auto"
+    """What decodes: pil reads image files, packed what fastkd pack wrote, dali image files by NVIDIA DALI (on a GPU in
+    its JPEG hardware); auto: packed or pil, as --data is."""
     seed: int = 0
     """Fixes initial weights, order, crops and masks."""
 
@@ -109,7 +115,7 @@ class DistillConfig:
     """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
 
     val_data: Path | None = None
-    """Folder of held-out images: their losses (centre crops, fixed masks) go to metrics.jsonl."""
+    """Folder of held-out images, packed or not: their losses (centre crops, fixed masks) go to metrics.jsonl."""
     val_images: int = 256
     """How many of them, at most."""
     val_every: int = 0
@@ -163,6 +169,8 @@ class DistillConfig:
         need("lr", self.lr is None or self.lr > 0, "a positive number")
         need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         need("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two numbers 0 < smallest <= largest <= 1")
+        good = self.masks_per_image >= 1 and self.batch_size % self.masks_per_image == 0
+        need("masks_per_image", good, f"a divisor of --batch-size {self.batch_size}")
         need("workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
         need("device", known, "auto, cpu, cuda or cuda:N")

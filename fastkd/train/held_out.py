@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 
+import numpy as np
 import torch
 
-from fastkd.data import ImageFolder, load_images
+from fastkd.data import open_images
 from fastkd.methods.dmae import DMAE
 
 from .config import ConfigError, DistillConfig
@@ -23,7 +24,7 @@ class HeldOut:
     def __init__(self, config: DistillConfig, method: DMAE, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
         try:
-            folder = ImageFolder(config.val_data or config.data)
+            folder = open_images(config.val_data or config.data)
         except (OSError, ValueError) as error:
             raise ConfigError([f"--val-data: {error}"]) from error
         generator = torch.Generator().manual_seed(config.seed)
@@ -32,10 +33,10 @@ class HeldOut:
         for index in torch.randperm(len(folder), generator=generator).tolist():
             if len(images) < wanted:
                 with contextlib.suppress(Exception):  # an unreadable file: take the next one
-                    images.append(load_images([folder.path(index)], config.img_size, channels=config.in_chans))
+                    images.append(folder.center_crop(index, config.img_size, config.in_chans))
         if not images:
             raise ConfigError([f"--{'val-data' if config.val_data else 'data'}: {folder.root}: no image can be read"])
-        self.images = torch.cat(images)
+        self.images = torch.from_numpy(np.stack(images))
         self.noise = torch.rand(len(images), method.student.num_patches, generator=generator)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from .build import AMP, build, build_loader, build_optimizer
 from .config import ConfigError, DistillConfig, problem
 from .distributed import Processes, processes
 from .held_out import HeldOut
+from .host import keep_memory
 from .interrupt import Interrupt
 from .optimizer import set_lr
 from .resume import check_same_run, checkpoint_to_resume, restore
@@ -62,6 +63,7 @@ def distill(config: DistillConfig) -> Result:
     config.validate()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError([problem("device", config.device, "cpu or auto: torch sees no CUDA device here")])
+    keep_memory()
     with processes(config.device) as group:
         return _train(config, group)
 

@@ -72,13 +72,16 @@ def _cpp_forward(x, weight, bias, images, ids, affine, patch, norm_pix, eps, uni
         torch.ops.fastkd_cpu.pixel_residual(bias, images, ids, affine, patch, norm_pix, eps, unit, loss, residual)
 
 
-def _backward_through(products: str) -> Callable[..., None]:
+def backward_through(products: str) -> Callable[..., None]:
     """The backward on the products of one backend of `linear`."""
 
     def fill(grad_loss, residual, x, weight, grad_x, grad_weight, grad_bias) -> None:
         scale = grad_loss * (2 / (residual.numel() * _unit(len(residual))))
         if grad_x is not None:
-            _linear.grad_input.implementation(products)(residual, weight.to(scale.dtype) * scale, grad_x)
+            # The gradient of W, which is made next, lends its memory to s W.
+            scaled = torch.empty_like(weight, dtype=scale.dtype) if grad_weight is None else grad_weight
+            torch.mul(weight.to(scale.dtype), scale, out=scaled)
+            _linear.grad_input.implementation(products)(residual, scaled, grad_x)
         if grad_weight is not None:
             _linear.grad_weight.implementation(products)(residual, x, grad_weight, grad_bias)
             grad_weight.mul_(scale)
@@ -90,10 +93,11 @@ def _backward_through(products: str) -> Callable[..., None]:
     return fill
 
 
-fill_backward = _backward_through("reference")
 _TRITON = "fastkd.ops.masked.linear_pixel_loss_triton"
 forward = Kernel(OP, reference=_fill_forward, cpp=_cpp_forward, triton=f"{_TRITON}:forward")
-backward = Kernel(f"{OP}_backward", reference=fill_backward, cpp=_backward_through("cpp"), triton=f"{_TRITON}:backward")
+backward = Kernel(
+    f"{OP}_backward", reference=backward_through("reference"), cpp=backward_through("cpp"), triton=f"{_TRITON}:backward"
+)
 
 
 @custom_op("linear_pixel_loss")
