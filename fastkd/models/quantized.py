@@ -2,8 +2,8 @@
 
 The four products of a block (qkv, proj, fc1, fc2) take 8-bit weights, quantised once with a scale per output channel,
 and activations that are quantised per token on the way. LayerNorm, attention, GELU and the residual stream stay as they
-are. So does the first block: in int8 it alone costs about as much precision as all others together, since its error
-runs through all of them (``benchmarks/teacher_precision.py`` measures it).
+are. So does the first block: in trained models it alone costs int8 about as much precision as all others together,
+since its error runs through all of them (``benchmarks/teacher_precision.py`` measures it).
 """
 
 from __future__ import annotations
