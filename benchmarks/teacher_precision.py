@@ -29,6 +29,7 @@ from fastkd.demos.training import Recipe, fit, masked_autoencoder, statistics
 from fastkd.methods.dmae import DMAE
 from fastkd.models import Teacher, VisionTransformer, load_vit
 from fastkd.models.quantized import EXACT_BLOCKS, quantize_vit
+from fastkd.ops.blocks.linear_fp8 import pack_fp8
 from fastkd.ops.blocks.linear_int8 import pack_int8
 
 # name: (dtype, precision, number of blocks at the beginning that stay exact)
@@ -42,6 +43,7 @@ TEACHERS = {
 }
 VIT_L = dict(img_size=224, patch_size=16, embed_dim=1024, depth=18, num_heads=16)  # what is left of 24 blocks
 RATIO = 0.75
+PRECISION = {"cpu": "int8", "cuda": "fp8"}  # what each device has units for
 
 
 def make_teacher(name: str, source: VisionTransformer, block: int) -> Teacher:
@@ -155,49 +157,60 @@ def learning(args: argparse.Namespace) -> Iterator[dict]:
             yield dict(teacher=name, seed=seed, steps=args.steps, knn=scores.knn, linear=scores.linear)
 
 
-def products(rows: int, inputs: int, outputs: int) -> tuple[Callable, Callable]:
-    """A linear layer of the teacher, exact and in int8."""
-    x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+def products(rows: int, inputs: int, outputs: int, device: str) -> tuple[Callable, Callable]:
+    """A linear layer of the teacher, exact and in 8 bits."""
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs, device=device)
+    half = weight.to(device, torch.bfloat16), bias.bfloat16()
+    if device == "cuda":
+        packed, scale = pack_fp8(weight.to(device))
+        return lambda: ops.linear(x, *half), lambda: ops.linear_fp8(x, packed, scale, bias)
     packed, scale = pack_int8(weight)
-    half = weight.bfloat16(), bias.bfloat16()
     return lambda: ops.linear(x, *half), lambda: ops.linear_int8(x, packed, scale, bias)
 
 
-def teachers(images: int, tokens: int) -> tuple[Callable, Callable]:
-    """The forward pass of the truncated ViT-L, exact and in int8."""
+def teachers(images: int, tokens: int, device: str) -> tuple[Callable, Callable]:
+    """The forward pass of the truncated ViT-L, exact and in 8 bits."""
     torch.manual_seed(0)
-    source = VisionTransformer(**VIT_L)
-    exact, ours = (Teacher(source, 17, dtype=torch.bfloat16, precision=p) for p in ("exact", "int8"))
-    pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8)
-    ids = torch.rand(images, 196).argsort(1)[:, : tokens - 1]
+    source = VisionTransformer(**VIT_L).to(device)
+    exact, ours = (Teacher(source, 17, dtype=torch.bfloat16, precision=p) for p in ("exact", PRECISION[device]))
+    pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8, device=device)
+    ids = torch.rand(images, 196, device=device).argsort(1)[:, : tokens - 1]
     return lambda: exact(pixels, ids), lambda: ours(pixels, ids)
 
 
 @torch.no_grad()
 def speed(args: argparse.Namespace) -> Iterator[dict]:
-    """Exact bfloat16 over int8, in turn: the four products of a ViT-L block, and the whole truncated teacher.
+    """Exact bfloat16 over 8 bits, in turn: the four products of a ViT-L block, and the whole truncated teacher.
 
-    With one thread it is that thread's processor time that counts, which other programs disturb least.
+    On a CPU with one thread it is that thread's processor time that counts, which other programs disturb least.
     """
-    images, alone = 16, torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter
+    device, images = args.device, 128 if args.device == "cuda" else 16
+    alone = device == "cpu" and torch.get_num_threads() == 1
+
+    def timed(run: Callable, repeat: int) -> float:
+        if not alone:
+            return seconds(run, device, repeat)
+        start = time.thread_time()
+        for _ in range(repeat):
+            run()
+        return (time.thread_time() - start) / repeat
+
     parts = {"qkv": (1024, 3072), "proj": (1024, 1024), "fc1": (1024, 4096), "fc2": (4096, 1024), "teacher": None}
     for tokens in (50, 10):
         for part, sizes in parts.items():
-            pair = products(images * tokens, *sizes) if sizes else teachers(images, tokens)
-            repeat = max(1, round(0.02 / seconds(pair[1], "cpu", 2)))
+            pair = products(images * tokens, *sizes, device) if sizes else teachers(images, tokens, device)
+            for run in pair:
+                run()
+            repeat = max(1, round(0.02 / seconds(pair[1], device, 2)))
             times: tuple[list[float], list[float]] = ([], [])
             for _ in range(args.rounds):
                 for run, mine in zip(pair, times):
-                    start = clock()
-                    for _ in range(repeat):
-                        run()
-                    mine.append(clock() - start)
+                    mine.append(timed(run, repeat))
             low, _, high = quartiles([a / b for a, b in zip(*times)])
             yield dict(
                 part=part, tokens=tokens, images=images, rounds=args.rounds, ratio=paired_ratio(*times),
-                ratio_quartiles=[low, high], clock="processor" if alone else "wall",
+                ratio_quartiles=[low, high], clock="processor" if alone else "wall", precision=PRECISION[device],
             )  # fmt: skip
 
 
@@ -205,6 +218,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learning", action="store_true")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --speed")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the demo's students")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
@@ -214,8 +228,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.threads:
         torch.set_num_threads(args.threads)
     name, run = ("teacher_learning", learning) if args.learning else ("teacher_precision", errors)
-    name, run = ("teacher_speed_cpu", speed) if args.speed else (name, run)
-    start, known, rows = time.perf_counter(), provenance("cpu"), []
+    name, run = (f"teacher_speed_{args.device}", speed) if args.speed else (name, run)
+    start, known, rows = time.perf_counter(), provenance(args.device), []
     for row in run(args):
         print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         rows.append(dict(benchmark=name, **row, **known))
