@@ -90,7 +90,8 @@ class Kernel:
     Args:
         name: name of the native functions ``torch.ops.fastkd_cpu.<name>`` and ``torch.ops.fastkd_cuda.<name>``.
         reference: plain PyTorch implementation.
-        cpp: Python launcher around several native functions; by default the native function of that name.
+        cpp: Python launcher around several native functions; by default the native function of that name. False: no C++
+            kernel is written for it.
         triton: ``"module:function"``, imported on first use.
         cuda: whether ``csrc/*.cu`` holds this kernel, or a Python launcher like `cpp`.
         cuda_order: automatic order on CUDA tensors, behind the fastest backend in `device_record`.
@@ -103,7 +104,7 @@ class Kernel:
         name: str,
         *,
         reference: Callable[..., None],
-        cpp: Callable[..., None] | None = None,
+        cpp: Callable[..., None] | bool | None = None,
         triton: str | None = None,
         cuda: bool | Callable[..., None] = False,
         cuda_order: tuple[str, ...] = ("triton", "reference"),
@@ -166,6 +167,8 @@ class Kernel:
                 return f"Triton needs CUDA tensors, got {device} (or TRITON_INTERPRET=1 to debug on the CPU)"
             return triton_missing()
         wanted = "cpu" if backend == "cpp" else "cuda"
+        if backend == "cpp" and self._cpp is False:
+            return "no C++ kernel is written for it"
         if device != wanted:
             return f"it takes {wanted} tensors, got {device}"
         if backend == "cuda" and not self._has_cuda:

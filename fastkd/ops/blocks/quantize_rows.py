@@ -32,7 +32,8 @@ def _fill(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     scale.copy_(largest.div(limit).squeeze(-1))
 
 
-kernel = Kernel(OP, reference=_fill, triton="fastkd.ops.blocks.quantize_rows_triton:quantize")
+# On a CPU `linear_int8` quantises by itself, and float8 is only emulated.
+kernel = Kernel(OP, reference=_fill, cpp=False, triton="fastkd.ops.blocks.quantize_rows_triton:quantize")
 
 
 @custom_op(OP)
