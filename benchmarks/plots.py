@@ -30,11 +30,14 @@ def plot(rows: list[dict], path: Path, description: str = "") -> None:
             panel.fill_between(ratios, *quartile, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.set(title=dtype, xlabel="masked patches, %", ylabel="images/s, whole training step", ylim=(0, None))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
     first = rows[0]
     title = f"{first['teacher']} -> {first['student']}, batch {first['batch']}, {first['device']}"
     figure.suptitle(textwrap.fill(title, 75 * len(dtypes)), fontsize=9)
-    figure.tight_layout()
+    # Below the panels, where it hides no line; the first panel has every mode.
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    columns = min(len(labels), 3 * len(dtypes))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.07 * -(-len(labels) // columns), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Description": description})
     plt.close(figure)
