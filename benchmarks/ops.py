@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from op_checks import check_accuracy  # noqa: E402
 
 from fastkd.ops import SPECS, OpSpec, backend  # noqa: E402
+from fastkd.train.host import keep_memory  # noqa: E402
 
 
 def contender(spec: OpSpec, function: Callable, kwargs: dict) -> Callable[[], object]:
@@ -197,6 +198,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if unknown:
         parser.error(f"--ops: got {', '.join(sorted(unknown))}, expected some of {', '.join(SPECS)}")
     console, started = Console(width=None if sys.stdout.isatty() else 150), time.perf_counter()
+    keep_memory()  # for every contender, or page faults of fresh memory would be timed
     copy, rows, known = CopyRoof(args.device), [], provenance(args.device)
     roofs = {dtype: MatmulRoof(DTYPES[dtype], args.device).best for dtype in args.dtypes.split(",")}
 
