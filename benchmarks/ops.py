@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import torch
 from common import DTYPES, ROOT, CopyRoof, MatmulRoof, paired_ratio, provenance, quartiles, seconds, write_rows
 
@@ -56,16 +57,6 @@ def forced(name: str, run: Callable) -> Callable:
     return inside
 
 
-def sdpa(packed, num_heads, query=None):
-    """torch's own attention on the packed projection: the strongest peer of `attention`."""
-    parts = packed.chunk(3, -1) if query is None else (query, *packed.chunk(2, -1))
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in parts)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-PEERS = {"attention": {"sdpa": sdpa}}
-
-
 def backends_of(spec: OpSpec, device: str, dtype: torch.dtype) -> dict[str, str | None]:
     """Native and Triton backends, each with the reason why it cannot run here (None where it can)."""
     wanted = ("triton", "cuda") if device == "cuda" else ("cpp",)
@@ -77,8 +68,13 @@ def backends_of(spec: OpSpec, device: str, dtype: torch.dtype) -> dict[str, str 
 
 def contenders(spec: OpSpec, kwargs: dict, dtype: torch.dtype, device: str, compiled: bool, say) -> dict[str, Callable]:
     found = {"eager": contender(spec, spec.reference, kwargs)}
-    for name, function in PEERS.get(spec.name, {}).items():
-        found[name] = contender(spec, function, kwargs)
+    for name, function in peers.of(spec.name, device).items():
+        try:
+            found[name] = contender(spec, function, kwargs)
+            found[name]()
+        except Exception as error:  # another library, another set of shapes
+            found.pop(name, None)
+            say(f"{spec.name} {dtype} {name}: {type(error).__name__}: {str(error)[:200]}")
     if compiled:
         found["compiled"] = contender(spec, torch.compile(spec.reference, dynamic=False), kwargs)
     for name, reason in backends_of(spec, device, dtype).items():
@@ -153,7 +149,7 @@ def bench_case(spec: OpSpec, case: str, dtype_name: str, args: argparse.Namespac
             seconds_quartiles=[low, high], rounds=args.rounds, bytes_moved=moved, flops=work,
             gigabytes_per_second=moved / middle / 1e9, tflops=work / middle / 1e12,
         )  # fmt: skip
-        for peer in ("eager", "compiled", "sdpa"):
+        for peer in ("eager", "compiled", *peers.NAMES):
             row[f"speedup_vs_{peer}"] = paired_ratio(times[peer], mine) if peer in times else None
         if device == "cuda":
             row["graph_seconds"] = graph_seconds(found[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import peers
 import torch
 from common import ROOT
 from tables import markdown, number, rows_of, short, times
@@ -54,20 +55,26 @@ def page() -> str:
     return "\n".join(text)
 
 
+def _peers(row: dict) -> str:
+    """How many times faster than each other library that was there."""
+    known = {name: row.get(f"speedup_vs_{name}") for name in peers.NAMES}
+    return ", ".join(f"{name} {times(value)}" for name, value in known.items() if value) or "-"
+
+
 def measured_ops(rows: list[dict]) -> str:
     best = {}
     for row in rows:
         best.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
     lines = []
     for (op, case, dtype), found in best.items():
-        for backend in [b for b in found if b not in ("eager", "compiled", "sdpa")]:
+        for backend in [b for b in found if b not in ("eager", "compiled", *peers.NAMES)]:
             row = found[backend]
             lines.append([
                 f"`{op}`", case, short(dtype), backend, number(1e3 * row["seconds"]), times(row["speedup_vs_eager"]),
-                times(row["speedup_vs_compiled"]), times(row["speedup_vs_sdpa"]), number(row["gigabytes_per_second"]),
+                times(row["speedup_vs_compiled"]), _peers(row), number(row["gigabytes_per_second"]),
                 f"{100 * row['copy_roof_fraction']:.0f} %", number(row["tflops"]),
             ])  # fmt: skip
-    columns = ["op", "case", "dtype", "backend", "ms", "eager", "compiled", "sdpa", "GB/s", "of copy roof", "TFLOP/s"]
+    columns = ["op", "case", "dtype", "backend", "ms", "eager", "compiled", "others", "GB/s", "of copy roof", "TFLOP/s"]
     row = rows[0]
     place = f"{row['device']}, {row['threads']} threads, copy roof {number(row['copy_roof_gigabytes_per_second'])} GB/s"
     note = f"<sub>Forward and backward; {place}; torch {row['torch']}, commit {row['commit']}, {row['date']}</sub>"
