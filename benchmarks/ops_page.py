@@ -55,6 +55,12 @@ def page() -> str:
     return "\n".join(text)
 
 
+def _over_floor(row: dict) -> float:
+    """Time over the least that bytes at the copy roof and FLOPs at the matmul roof of the same run allow."""
+    memory = row["bytes_moved"] / (row["copy_roof_gigabytes_per_second"] * 1e9)
+    return row["seconds"] / max(memory, row["flops"] / (row["matmul_roof_tflops"] * 1e12))
+
+
 def _peers(row: dict) -> str:
     """How many times faster than each other library that was there."""
     known = {name: row.get(f"speedup_vs_{name}") for name in peers.NAMES}
@@ -72,9 +78,22 @@ def measured_ops(rows: list[dict]) -> str:
             lines.append([
                 f"`{op}`", case, short(dtype), backend, number(1e3 * row["seconds"]), times(row["speedup_vs_eager"]),
                 times(row["speedup_vs_compiled"]), _peers(row), number(row["gigabytes_per_second"]),
-                f"{100 * row['copy_roof_fraction']:.0f} %", number(row["tflops"]),
+                f"{100 * row['copy_roof_fraction']:.0f} %", number(row["tflops"]), times(_over_floor(row)),
             ])  # fmt: skip
-    columns = ["op", "case", "dtype", "backend", "ms", "eager", "compiled", "others", "GB/s", "of copy roof", "TFLOP/s"]
+    columns = [
+        "op",
+        "case",
+        "dtype",
+        "backend",
+        "ms",
+        "eager",
+        "compiled",
+        "others",
+        "GB/s",
+        "of copy roof",
+        "TFLOP/s",
+        "measured / floor",
+    ]
     row = rows[0]
     place = f"{row['device']}, {row['threads']} threads, copy roof {number(row['copy_roof_gigabytes_per_second'])} GB/s"
     note = f"<sub>Forward and backward; {place}; torch {row['torch']}, commit {row['commit']}, {row['date']}</sub>"
