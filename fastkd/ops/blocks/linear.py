@@ -25,7 +25,7 @@ from .._spec import Case, OpSpec, register, tensor_bytes
 OP = "linear"
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,26 +66,26 @@ def _has_amx() -> bool:
     return torch.ops.fastkd_cpu.has_amx()
 
 
-def _is_ours(dtype: torch.dtype, weight: Tensor | None = None) -> bool:
+def has_own_product(dtype: torch.dtype, weight: Tensor | None = None) -> bool:
     return dtype == torch.bfloat16 and _has_amx() and (weight is None or weight.dtype in (dtype, torch.float32))
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if _is_ours(x.dtype, weight):
+    if has_own_product(x.dtype, weight):
         torch.ops.fastkd_cpu.linear(x, weight, None if bias is None else bias.float(), out)
     else:
         _fill_forward(x, weight, bias, out)
 
 
 def _cpp_grad_input(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-    if _is_ours(grad.dtype, weight):
+    if has_own_product(grad.dtype, weight):
         torch.ops.fastkd_cpu.linear_grad_input(grad, weight, grad_x)
     else:
         _fill_grad_input(grad, weight, grad_x)
 
 
 def _cpp_grad_weight(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
-    if _is_ours(grad.dtype):
+    if has_own_product(grad.dtype):
         torch.ops.fastkd_cpu.linear_grad_weight(grad, x, grad_weight, grad_bias)
         return
     outer(grad, x, grad_weight)
@@ -104,7 +104,7 @@ grad_weight = Kernel(
 )
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     rows = t.reshape(-1, t.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -113,7 +113,7 @@ def _rows(t: Tensor) -> Tensor:
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor | None) -> Tensor:
     # `rounded`: the values of weight in the dtype of x, where the caller has them; the gradient goes to weight.
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    forward(_rows(x), _rows(weight if rounded is None else rounded), bias, out.view(-1, weight.shape[0]))
+    forward(as_rows(x), as_rows(weight if rounded is None else rounded), bias, out.view(-1, weight.shape[0]))
     return out
 
 
@@ -122,9 +122,9 @@ def _(x, weight, bias, rounded):
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
-def _gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of x, weight and bias, of no elements where they are not needed."""
-    wide, device = _wide(x.dtype), x.device
+    wide, device = wide_dtype(x.dtype), x.device
     return (
         torch.empty(x.shape if needs[0] else (0,), dtype=x.dtype, device=device),
         torch.empty(weight.shape if needs[1] else (0,), dtype=wide, device=device),
@@ -134,12 +134,12 @@ def _gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Te
 
 @custom_op("linear_backward")
 def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, weight_gradient, bias_gradient = gradients = _gradients(x, weight, needs)
-    rows = _rows(grad)
+    grad_x, weight_gradient, bias_gradient = gradients = empty_gradients(x, weight, needs)
+    rows = as_rows(grad)
     if needs[0]:
-        grad_input(rows, _rows(weight), grad_x.view(-1, x.shape[-1]))
+        grad_input(rows, as_rows(weight), grad_x.view(-1, x.shape[-1]))
     if needs[1]:
-        grad_weight(rows, _rows(x), weight_gradient, bias_gradient if needs[2] else None)
+        grad_weight(rows, as_rows(x), weight_gradient, bias_gradient if needs[2] else None)
     elif needs[2]:
         torch.sum(rows, 0, dtype=bias_gradient.dtype, out=bias_gradient)
     return gradients
@@ -147,7 +147,7 @@ def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> 
 
 @_op_backward.register_fake
 def _(grad, x, weight, needs):
-    return _gradients(x, weight, needs)
+    return empty_gradients(x, weight, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -241,7 +241,7 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
     x = torch.randn(batch, case.get("tokens", 3) + skip, dim, generator=random)[:, skip:]
     weight = torch.randn(out, dim + skip, generator=random)[:, skip:] / dim**0.5
     bias = torch.randn(out, generator=random)
-    parameters = _wide(dtype) if case.get("mixed") else dtype
+    parameters = wide_dtype(dtype) if case.get("mixed") else dtype
     return dict(
         x=x.to(device, dtype), weight=weight.to(device, parameters),
         bias=bias.to(device, parameters) if case.get("bias", True) else None,

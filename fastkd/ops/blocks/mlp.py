@@ -52,7 +52,7 @@ def _fill_hidden_backward(
 
 
 def _cpp_hidden(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None, activation: Tensor) -> None:
-    if _linear._is_ours(x.dtype, weight):
+    if _linear.has_own_product(x.dtype, weight):
         torch.ops.fastkd_cpu.mlp_hidden(x, weight, None if bias is None else bias.float(), hidden, activation)
         return
     hidden = activation if hidden is None else hidden
@@ -67,7 +67,7 @@ def _cpp_hidden_backward(
     if activation is not None or grad_bias is not None:  # not what `mlp` asks of a CPU
         _fill_hidden_backward(grad, weight, hidden, activation, grad_bias, grad_hidden)
         return
-    if _linear._is_ours(grad.dtype, weight):
+    if _linear.has_own_product(grad.dtype, weight):
         torch.ops.fastkd_cpu.mlp_hidden_backward(grad, weight, hidden, grad_hidden)
         return
     _linear.grad_input.reference(grad, weight, grad_hidden)
@@ -91,8 +91,8 @@ def _op(
     out, hidden, activation = _outputs(x, weight1, weight2, keep_hidden, keep_activation)
     weight1, weight2 = _read(weight1, rounded1), _read(weight2, rounded2)
     wide = activation if keep_activation else activation.new_empty(x.shape[:-1].numel(), weight1.shape[0])
-    hidden_forward(_linear._rows(x), _linear._rows(weight1), bias1, hidden if keep_hidden else None, wide)
-    _linear.forward(wide, _linear._rows(weight2), bias2, out.view(-1, weight2.shape[0]))
+    hidden_forward(_linear.as_rows(x), _linear.as_rows(weight1), bias1, hidden if keep_hidden else None, wide)
+    _linear.forward(wide, _linear.as_rows(weight2), bias2, out.view(-1, weight2.shape[0]))
     return out, hidden, activation
 
 
@@ -119,7 +119,7 @@ def _(x, weight1, bias1, weight2, bias2, rounded1, rounded2, keep_hidden, keep_a
 
 def _gradients(x: Tensor, weight1: Tensor, weight2: Tensor, needs: list[bool]) -> list[Tensor]:
     """Empty gradients of x, weight1, bias1, weight2, bias2, of no elements where they are not needed."""
-    wide = _linear._wide(x.dtype)
+    wide = _linear.wide_dtype(x.dtype)
     shapes = (x.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
     dtypes = (x.dtype, wide, wide, wide, wide)
     return [
@@ -133,16 +133,16 @@ def _op_backward(
     grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor, activation: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     gradients = _gradients(x, weight1, weight2, needs)
-    rows = _linear._rows(grad)
+    rows = _linear.as_rows(grad)
     grad_hidden, again, grad_bias1 = torch.empty_like(hidden), None, None
     if len(activation) < len(hidden):  # not kept
         activation = again = torch.empty_like(hidden) if needs[3] else None
         grad_bias1 = gradients[2] if needs[2] else None
-    hidden_backward(rows, _linear._rows(weight2), hidden, again, grad_bias1, grad_hidden)
+    hidden_backward(rows, _linear.as_rows(weight2), hidden, again, grad_bias1, grad_hidden)
     _parameter_gradients(rows, activation, gradients[3:], needs[3:])
-    _parameter_gradients(grad_hidden, _linear._rows(x), gradients[1:3], [needs[1], needs[2] and grad_bias1 is None])
+    _parameter_gradients(grad_hidden, _linear.as_rows(x), gradients[1:3], [needs[1], needs[2] and grad_bias1 is None])
     if needs[0]:
-        _linear.grad_input(grad_hidden, _linear._rows(weight1), gradients[0].view(-1, x.shape[-1]))
+        _linear.grad_input(grad_hidden, _linear.as_rows(weight1), gradients[0].view(-1, x.shape[-1]))
     return gradients
 
 
@@ -216,7 +216,7 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
         torch.randn(rows, columns, generator=random) / columns**0.5 for rows, columns in ((hidden, dim), (out, hidden))
     ]
     biases = [torch.randn(rows, generator=random) if case.get("bias", True) else None for rows in (hidden, out)]
-    parameters = _linear._wide(dtype) if case.get("mixed") else dtype
+    parameters = _linear.wide_dtype(dtype) if case.get("mixed") else dtype
     weights, biases = ([t if t is None else t.to(device, parameters) for t in ts] for ts in (weights, biases))
     return dict(
         x=x.to(device, dtype), fc1_weight=weights[0], fc1_bias=biases[0], fc2_weight=weights[1], fc2_bias=biases[1]

@@ -63,7 +63,7 @@ def _fill_forward(x, weight, bias, images, ids, affine, patch, norm_pix, eps, un
 
 
 def _cpp_forward(x, weight, bias, images, ids, affine, patch, norm_pix, eps, unit, loss, residual) -> None:
-    if _linear._is_ours(x.dtype, weight):
+    if _linear.has_own_product(x.dtype, weight):
         images = images if images.dtype == torch.uint8 else images.float()
         options = (images, ids, affine, patch, norm_pix, eps, unit, loss, residual)
         torch.ops.fastkd_cpu.linear_pixel_loss(x, weight.float(), bias, *options)
@@ -107,7 +107,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, each = ids.shape
     affine = _images.affine(images, mean, std, x.dtype)
-    rows, weight = _linear._rows(x), _linear._rows(weight)
+    rows, weight = _linear.as_rows(x), _linear.as_rows(weight)
     bias = None if bias is None else bias.to(affine.dtype).contiguous()
     step = batch if keep else max(1, min(batch, CHUNK // each))  # images at a time
     buffer = torch.empty(step * each, weight.shape[0], dtype=x.dtype, device=x.device)
@@ -143,16 +143,16 @@ def _(x, weight, bias, images, ids, mean, std, patch, norm_pix, eps, keep):
 def _op_backward(
     grad_loss: Tensor, residual: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _linear._gradients(x, weight, needs)
+    gradients = _linear.empty_gradients(x, weight, needs)
     grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(gradients, needs))
     grad_x = None if grad_x is None else grad_x.view(-1, x.shape[-1])
-    backward(grad_loss, residual, _linear._rows(x), _linear._rows(weight), grad_x, grad_weight, grad_bias)
+    backward(grad_loss, residual, _linear.as_rows(x), _linear.as_rows(weight), grad_x, grad_weight, grad_bias)
     return gradients
 
 
 @_op_backward.register_fake
 def _(grad_loss, residual, x, weight, needs):
-    return _linear._gradients(x, weight, needs)
+    return _linear.empty_gradients(x, weight, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
