@@ -1,7 +1,19 @@
 """The losses as `torch.nn` modules."""
 
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.logits.cosine import LogitCosineLoss
+from .ops.logits.dist import DISTLoss
+from .ops.logits.standardise import StandardizedKDLoss
+from .ops.logits.uskd import USKDLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]
+__all__ = [
+    "DISTLoss",
+    "FeatureAlignmentLoss",
+    "LinearPixelLoss",
+    "LogitCosineLoss",
+    "MaskedPixelLoss",
+    "StandardizedKDLoss",
+    "USKDLoss",
+]

@@ -12,6 +12,10 @@ from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
+from .logits.cosine import logit_cosine_loss
+from .logits.dist import dist_loss
+from .logits.standardise import logit_standardization, standardized_kd_loss
+from .logits.uskd import uskd_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -27,12 +31,15 @@ __all__ = [
     "attention",
     "backend",
     "decoder_assemble",
+    "dist_loss",
     "feature_alignment_loss",
     "gelu",
     "linear",
     "linear_fp8",
     "linear_int8",
     "linear_pixel_loss",
+    "logit_cosine_loss",
+    "logit_standardization",
     "masked_pixel_loss",
     "mlp",
     "patchify",
@@ -40,6 +47,8 @@ __all__ = [
     "random_masking",
     "residual_layer_norm",
     "resized_crop",
+    "standardized_kd_loss",
     "unpatchify",
+    "uskd_loss",
     "visible_patch_embed",
 ]
