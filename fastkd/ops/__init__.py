@@ -18,6 +18,7 @@ from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
+from .weights.ema_update import ema_update_
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +28,7 @@ __all__ = [
     "attention",
     "backend",
     "decoder_assemble",
+    "ema_update_",
     "feature_alignment_loss",
     "gelu",
     "linear",
