@@ -1,30 +1,27 @@
 """The losses as `torch.nn` modules."""
 
 from .ops.features.feature_alignment import FeatureAlignmentLoss
-from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
 from .ops.logits.cosine import LogitCosineLoss
 from .ops.logits.dist import DISTLoss
+from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
 from .ops.logits.standardise import StandardizedKDLoss
 from .ops.logits.uskd import USKDLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
+    "DISTLoss",
     "DKDLoss",
     "FeatureAlignmentLoss",
     "JSDLoss",
     "KDLoss",
     "LinearPixelLoss",
+    "LogitCosineLoss",
     "LogitLoss",
     "MaskedPixelLoss",
     "NKDLoss",
     "ReverseKLLoss",
-    "TVDLoss",
-    "DISTLoss",
-    "FeatureAlignmentLoss",
-    "LinearPixelLoss",
-    "LogitCosineLoss",
-    "MaskedPixelLoss",
     "StandardizedKDLoss",
+    "TVDLoss",
     "USKDLoss",
 ]

@@ -13,9 +13,9 @@ from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
 from .logits import spec as _logit_loss_spec  # noqa: F401
-from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
 from .logits.cosine import logit_cosine_loss
 from .logits.dist import dist_loss
+from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
 from .logits.standardise import logit_standardization, standardized_kd_loss
 from .logits.uskd import uskd_loss
 from .masked.decoder_assemble import decoder_assemble
@@ -34,9 +34,9 @@ __all__ = [
     "attention",
     "backend",
     "decoder_assemble",
+    "dist_loss",
     "dkd_loss",
     "ema_update_",
-    "dist_loss",
     "feature_alignment_loss",
     "gelu",
     "jsd_loss",
@@ -45,8 +45,8 @@ __all__ = [
     "linear_fp8",
     "linear_int8",
     "linear_pixel_loss",
-    "logit_loss",
     "logit_cosine_loss",
+    "logit_loss",
     "logit_standardization",
     "masked_pixel_loss",
     "mlp",
@@ -57,8 +57,8 @@ __all__ = [
     "residual_layer_norm",
     "resized_crop",
     "reverse_kl_loss",
-    "tvd_loss",
     "standardized_kd_loss",
+    "tvd_loss",
     "unpatchify",
     "uskd_loss",
     "visible_patch_embed",
