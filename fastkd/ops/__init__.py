@@ -11,6 +11,8 @@ from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
+from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
+from .features.layer_mix import layer_mix
 from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
@@ -28,7 +30,9 @@ __all__ = [
     "backend",
     "decoder_assemble",
     "feature_alignment_loss",
+    "gather_whiten_smooth_l1",
     "gelu",
+    "layer_mix",
     "linear",
     "linear_fp8",
     "linear_int8",
@@ -40,6 +44,7 @@ __all__ = [
     "random_masking",
     "residual_layer_norm",
     "resized_crop",
+    "teacher_targets",
     "unpatchify",
     "visible_patch_embed",
 ]
