@@ -14,6 +14,7 @@ from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
 from .features.layer_mix import layer_mix
 from .images.resized_crop import resized_crop
+from .masked.attention_masking import attention_masking, cls_attention_row
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -27,7 +28,9 @@ __all__ = [
     "OpSpec",
     "SPECS",
     "attention",
+    "attention_masking",
     "backend",
+    "cls_attention_row",
     "decoder_assemble",
     "feature_alignment_loss",
     "gather_whiten_smooth_l1",
