@@ -21,6 +21,7 @@ from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
+from .weights.ema_update import ema_update_
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "cls_attention_row",
     "decoder_assemble",
+    "ema_update_",
     "feature_alignment_loss",
     "gather_whiten_smooth_l1",
     "gelu",
