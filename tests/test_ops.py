@@ -124,7 +124,9 @@ def leaf(argument, trained: bool):
     """The argument without history; it requires grad where it did and `trained` is set. Lists of tensors too."""
     if isinstance(argument, (list, tuple)):
         return [leaf(a, trained) for a in argument]
-    return argument.detach().requires_grad_(trained and argument.requires_grad) if torch.is_tensor(argument) else argument
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.detach().requires_grad_(trained and argument.requires_grad)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])

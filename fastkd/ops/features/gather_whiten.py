@@ -1,7 +1,7 @@
 """Student tokens against those of a teacher that saw the whole picture (MaskAlign, Xue et al., CVPR 2023, section 3).
 
 The student has C prefix tokens (CLS) and n visible patches, the teacher P prefix tokens and all L patches. Student row
-k meets teacher row k for k < C, and row P + ids_keep[k - C] after them. With t that teacher row, D wide, and d = y - N(t):
+y at place k meets teacher row k for k < C, and row P + ids_keep[k - C] after them. With t that row and d = y - N(t):
 
     N(t)   whiten  (t - mean(t)) / sqrt(var(t) + 1e-5)     layer norm without affine, biased variance
            l2      t / max(||t||_2, 1e-12)
@@ -13,8 +13,8 @@ k meets teacher row k for k < C, and row P + ids_keep[k - C] after them. With t 
     l2         d^2                                         2 d
     l1         |d|                                         sign(d), 0 at 0
 
-A norm by rows does not see other rows, so only the gathered ones are read and normalised, in registers: neither gathered
-nor normalised features are stored. Backward reads both sides again instead of keeping a gradient between the passes.
+A norm by rows does not see other rows, so only the gathered ones are read and normalised, in registers: features are
+stored neither gathered nor normalised. Backward reads both sides again; no gradient is kept between the passes.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def gather_whiten_smooth_l1(
         teacher: [B, P + L, D] features of the intact picture; floating, its dtype may differ. Must not require grad.
         ids_keep: [B, n] int64 patches 0 .. L - 1 that the student saw, in the order of its tokens; on the CPU ids
             outside raise, on a GPU they are not checked. None: the teacher's rows already stand in the student's order.
-        norm: of each teacher row: ``whiten``, ``l2``, ``none``; or ``bn``, by one mean and deviation of all of `teacher`.
+        norm: of each teacher row: ``whiten``, ``l2``, ``none``; ``bn``: by one mean and deviation of all of `teacher`.
         loss: ``smooth_l1`` (twice torch's with beta = 1, as MaskAlign has it), ``l2`` or ``l1``.
         num_prefix: P, the teacher's prefix tokens (CLS, registers); the student's C <= P meet the first of them.
 
@@ -166,7 +166,8 @@ def gather_whiten_smooth_l1(
     _check.check_same_device(OP, student=student, teacher=teacher, ids_keep=ids_keep)
     batch, tokens, width = student.shape
     if student.numel() == 0:
-        _check.fail(OP, "student", f"shape {tuple(student.shape)}", "at least one row", "the mean of nothing is undefined")
+        shape = f"shape {tuple(student.shape)}"
+        _check.fail(OP, "student", shape, "at least one row", "the mean of nothing is undefined")
     if ids_keep is None:
         _check.check_shape(OP, "teacher", teacher, student.shape, "like student, where ids_keep is not given")
         ids_keep, num_prefix = torch.arange(tokens, device=student.device).expand(batch, tokens), 0
@@ -177,11 +178,9 @@ def gather_whiten_smooth_l1(
             OP, "student", f"shape {tuple(student.shape)}", f"{teacher.shape[0]} images and width {teacher.shape[2]}",
             "project it to the teacher's width",
         )  # fmt: skip
-    if not 0 <= tokens - ids_keep.shape[1] <= num_prefix < teacher.shape[1] + (ids_keep.shape[1] == 0):
-        _check.fail(
-            OP, "ids_keep", f"{ids_keep.shape[1]} patches for {tokens} tokens of the student, {teacher.shape[1]} of the "
-            f"teacher and num_prefix = {num_prefix}", "at most num_prefix tokens of the student beyond its patches",
-        )  # fmt: skip
+    if not 0 <= tokens - ids_keep.shape[1] <= num_prefix <= teacher.shape[1]:
+        sizes = f"{ids_keep.shape[1]} patches for {tokens} tokens of the student and {teacher.shape[1]} of the teacher"
+        _check.fail(OP, "ids_keep", sizes, f"0 to num_prefix = {num_prefix} tokens of the student before its patches")
     if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
         got = f"{teacher.dtype} with a student in {student.dtype}".replace("torch.", "")
         _check.fail(OP, "teacher", got, "float64 on both sides or on none", "cast one of them", TypeError)
@@ -272,7 +271,9 @@ SPEC = register(
             "l2_l1": dict(batch=1, patches=6, visible=5, width=33, norm="l2", loss="l1", zero_row=True),
             "bn_l2": dict(batch=2, patches=4, visible=2, width=16, norm="bn", loss="l2", teacher_float32=True),
             "none": dict(batch=2, patches=3, visible=1, width=97, norm="none", loss="smooth_l1"),
-            "registers": dict(batch=1, patches=5, visible=3, width=8, prefix=5, student_prefix=1, norm="whiten", loss="l1"),
+            "registers": dict(
+                batch=1, patches=5, visible=3, width=8, prefix=5, student_prefix=1, norm="whiten", loss="l1"
+            ),
             "no_class_token": dict(batch=1, patches=4, visible=3, width=1, prefix=0, norm="none", loss="l2"),
         },
         space=dict(

@@ -1,4 +1,4 @@
-"""Triton kernels of `gather_whiten_smooth_l1`: one program per student row, its teacher row found and normalised there."""
+"""Triton kernels of `gather_whiten_smooth_l1`: one program per student row finds and normalises its teacher row."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def _difference(student, teacher, ids, statistics, tokens, width, visible, num_p
 
 
 @triton.jit
-def _forward_kernel(student, teacher, ids, statistics, partial, tokens, width, visible, num_prefix, s_b, s_t, s_c, t_b,
-                    t_t, t_c, i_b, i_k, scale, NORM: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _forward_kernel(student, teacher, ids, statistics, partial, tokens, width, visible, num_prefix,
+                    s_b, s_t, s_c, t_b, t_t, t_c, i_b, i_k, scale,
+                    NORM: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, _, d = _difference(student, teacher, ids, statistics, tokens, width, visible, num_prefix, s_b, s_t, s_c, t_b,
                             t_t, t_c, i_b, i_k, NORM, BLOCK)  # fmt: skip
     size = tl.abs(d)

@@ -2,9 +2,8 @@
 
 The importance of patch j is the attention that the teacher's CLS token pays to it in the last block, mean over heads.
 Patches are drawn without replacement with probability proportional to importance; the first ``int(L * (1 - ratio))``
-are visible. Such a draw is a race: with E ~ Exponential(1) independent per patch, the first arrivals E_j / importance_j
-in ascending order have the same distribution, so patches are ordered by importance / E, descending, and nothing is drawn
-one by one.
+are visible. Such a draw is a race: with independent E_j ~ Exponential(1), patches in the order of their arrival times
+E_j / importance_j have the same distribution. So they are sorted by importance / E, descending, in one step.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ def attention_masking(
     """Draws, per image, which patches stay visible: important ones more likely.
 
     Args:
-        importance: [B, L] floating, not negative, no row all zero; rows need not sum to 1. A patch of importance 0 comes
-            last. On a GPU the values are not checked: a check would wait for the device.
+        importance: [B, L] floating, not negative, no row all zero; rows need not sum to 1. A patch of importance 0
+            comes last. On a GPU the values are not checked: a check would wait for the device.
         mask_ratio: share of masked patches in [0, 1); ``int(L * (1 - mask_ratio))`` patches stay visible.
         exp_noise: optional [B, L] draws of Exponential(1) that fix the result.
         generator: source of the noise where it is not given.
