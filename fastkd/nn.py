@@ -1,6 +1,8 @@
 """The losses as `torch.nn` modules."""
 
+from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
 from .ops.logits.cosine import LogitCosineLoss
 from .ops.logits.dist import DISTLoss
 from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
@@ -12,7 +14,9 @@ from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 __all__ = [
     "DISTLoss",
     "DKDLoss",
+    "DynamicAlignment",
     "FeatureAlignmentLoss",
+    "GatherWhitenSmoothL1Loss",
     "JSDLoss",
     "KDLoss",
     "LinearPixelLoss",
