@@ -11,6 +11,7 @@
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
+#include "dual_view.cpp"
 #include "feature_alignment.cpp"
 #include "attention.cpp"
 #include "column_sum.cpp"
@@ -60,6 +61,12 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
 #ifndef FASTKD_CUDA
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("dual_view_target(Tensor teacher, Tensor(a!) mean, Tensor(b!) inverse_norms) -> ()");
+  m.def("dual_view_loss(Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, Tensor teacher_inverse, "
+        "float alpha_plain, float alpha_alt, Tensor(a!) mean, Tensor(b!) rows, Tensor(c!) losses) -> ()");
+  m.def("dual_view_loss_backward(Tensor grad_losses, Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, "
+        "Tensor teacher_inverse, Tensor mean, Tensor rows, float alpha_plain, float alpha_alt, Tensor(a!)? grad_alt, "
+        "Tensor(b!) grad_plain) -> ()");
   m.def("has_amx() -> bool");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
@@ -98,6 +105,9 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #ifndef FASTKD_CUDA
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("dual_view_target", TORCH_BOX(&dual_view_target));
+  m.impl("dual_view_loss", TORCH_BOX(&dual_view_loss));
+  m.impl("dual_view_loss_backward", TORCH_BOX(&dual_view_loss_backward));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));

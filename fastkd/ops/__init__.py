@@ -10,6 +10,7 @@ from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
+from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
@@ -21,12 +22,15 @@ from .masked.visible_patch_embed import visible_patch_embed
 
 __all__ = [
     "BACKENDS",
+    "DualViewTarget",
     "Masking",
     "OpSpec",
     "SPECS",
     "attention",
     "backend",
     "decoder_assemble",
+    "dual_view_loss",
+    "dual_view_target",
     "feature_alignment_loss",
     "gelu",
     "linear",
@@ -38,6 +42,7 @@ __all__ = [
     "patchify",
     "quantize_rows",
     "random_masking",
+    "remove_dc",
     "residual_layer_norm",
     "resized_crop",
     "unpatchify",
