@@ -15,6 +15,7 @@
 #include "feature_alignment.cpp"
 #include "attention.cpp"
 #include "column_sum.cpp"
+#include "ema_update.cpp"
 #include "gelu.cpp"
 #include "linear.cpp"
 #include "linear_int8.cpp"
@@ -67,6 +68,7 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("dual_view_loss_backward(Tensor grad_losses, Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, "
         "Tensor teacher_inverse, Tensor mean, Tensor rows, float alpha_plain, float alpha_alt, Tensor(a!)? grad_alt, "
         "Tensor(b!) grad_plain) -> ()");
+  m.def("ema_update_(Tensor(a!)[] averaged, Tensor[] current, Tensor weight) -> ()");
   m.def("has_amx() -> bool");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
@@ -108,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("dual_view_target", TORCH_BOX(&dual_view_target));
   m.impl("dual_view_loss", TORCH_BOX(&dual_view_loss));
   m.impl("dual_view_loss_backward", TORCH_BOX(&dual_view_loss_backward));
+  m.impl("ema_update_", TORCH_BOX(&ema_update_));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
