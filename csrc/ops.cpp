@@ -11,6 +11,7 @@
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
+#include "dual_view.cpp"
 #include "feature_alignment.cpp"
 #include "attention.cpp"
 #include "column_sum.cpp"
@@ -63,6 +64,12 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
 #ifndef FASTKD_CUDA
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("dual_view_target(Tensor teacher, Tensor(a!) mean, Tensor(b!) inverse_norms) -> ()");
+  m.def("dual_view_loss(Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, Tensor teacher_inverse, "
+        "float alpha_plain, float alpha_alt, Tensor(a!) mean, Tensor(b!) rows, Tensor(c!) losses) -> ()");
+  m.def("dual_view_loss_backward(Tensor grad_losses, Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, "
+        "Tensor teacher_inverse, Tensor mean, Tensor rows, float alpha_plain, float alpha_alt, Tensor(a!)? grad_alt, "
+        "Tensor(b!) grad_plain) -> ()");
   m.def("ema_update_(Tensor(a!)[] averaged, Tensor[] current, Tensor weight) -> ()");
   m.def("has_amx() -> bool");
   m.def("gather_whiten_smooth_l1(Tensor student, Tensor teacher, Tensor ids, Tensor? statistics, int norm, int kind, "
@@ -109,6 +116,9 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #ifndef FASTKD_CUDA
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("dual_view_target", TORCH_BOX(&dual_view_target));
+  m.impl("dual_view_loss", TORCH_BOX(&dual_view_loss));
+  m.impl("dual_view_loss_backward", TORCH_BOX(&dual_view_loss_backward));
   m.impl("ema_update_", TORCH_BOX(&ema_update_));
   m.impl("gather_whiten_smooth_l1", TORCH_BOX(&gather_whiten_smooth_l1));
   m.impl("gather_whiten_smooth_l1_backward", TORCH_BOX(&gather_whiten_smooth_l1_backward));

@@ -1,5 +1,7 @@
-"""The losses as `torch.nn` modules."""
+"""The losses as `torch.nn` modules, and what projects features for them."""
 
+from .models.cross_attention_projector import CrossAttentionProjector
+from .ops.features.dual_view import DualViewLoss
 from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
 from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
@@ -12,8 +14,10 @@ from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
+    "CrossAttentionProjector",
     "DISTLoss",
     "DKDLoss",
+    "DualViewLoss",
     "DynamicAlignment",
     "FeatureAlignmentLoss",
     "GatherWhitenSmoothL1Loss",

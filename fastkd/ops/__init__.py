@@ -10,6 +10,7 @@ from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
+from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
 from .features.layer_mix import layer_mix
@@ -31,6 +32,7 @@ from .weights.ema_update import ema_update_
 
 __all__ = [
     "BACKENDS",
+    "DualViewTarget",
     "Masking",
     "OpSpec",
     "SPECS",
@@ -41,6 +43,8 @@ __all__ = [
     "decoder_assemble",
     "dist_loss",
     "dkd_loss",
+    "dual_view_loss",
+    "dual_view_target",
     "ema_update_",
     "feature_alignment_loss",
     "gather_whiten_smooth_l1",
@@ -61,6 +65,7 @@ __all__ = [
     "patchify",
     "quantize_rows",
     "random_masking",
+    "remove_dc",
     "residual_layer_norm",
     "resized_crop",
     "reverse_kl_loss",
