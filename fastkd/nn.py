@@ -1,7 +1,8 @@
 """The losses as `torch.nn` modules."""
 
+from .ops.features.cls_distillation import CLSDistillationLoss
 from .ops.features.feature_alignment import FeatureAlignmentLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]
+__all__ = ["CLSDistillationLoss", "FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]

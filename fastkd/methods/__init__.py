@@ -1,5 +1,7 @@
 """Distillation methods, one file each."""
 
 from .dmae import DMAE
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
 
-__all__ = ["DMAE"]
+__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]

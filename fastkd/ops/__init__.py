@@ -10,6 +10,7 @@ from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
+from .features.cls_distillation import cls_distillation_loss
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
 from .masked.decoder_assemble import decoder_assemble
@@ -26,6 +27,7 @@ __all__ = [
     "SPECS",
     "attention",
     "backend",
+    "cls_distillation_loss",
     "decoder_assemble",
     "feature_alignment_loss",
     "gelu",
