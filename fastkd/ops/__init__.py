@@ -13,12 +13,15 @@ from .blocks.residual_layer_norm import residual_layer_norm
 from .features.cls_distillation import cls_distillation_loss
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
+from .logits import spec as _logit_loss_spec  # noqa: F401
+from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
+from .weights.ema_update import ema_update_
 
 __all__ = [
     "BACKENDS",
@@ -29,19 +32,27 @@ __all__ = [
     "backend",
     "cls_distillation_loss",
     "decoder_assemble",
+    "dkd_loss",
+    "ema_update_",
     "feature_alignment_loss",
     "gelu",
+    "jsd_loss",
+    "kd_loss",
     "linear",
     "linear_fp8",
     "linear_int8",
     "linear_pixel_loss",
+    "logit_loss",
     "masked_pixel_loss",
     "mlp",
+    "nkd_loss",
     "patchify",
     "quantize_rows",
     "random_masking",
     "residual_layer_norm",
     "resized_crop",
+    "reverse_kl_loss",
+    "tvd_loss",
     "unpatchify",
     "visible_patch_embed",
 ]
