@@ -6,8 +6,8 @@ from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, Re
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["CLSDistillationLoss", "FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]
 __all__ = [
+    "CLSDistillationLoss",
     "DKDLoss",
     "FeatureAlignmentLoss",
     "JSDLoss",
