@@ -100,6 +100,7 @@ class Study:
         self.config = config
         self.images, self.labels = digits()
         self.theta_0 = load_vit(THETA_0, img_size=SIZE)
+        self.judged = slice(200 if config.quick else None)
         self.phase_1 = functools.lru_cache(maxsize=4)(self._phase_1)
 
     def run(self, arm: str, setting: Mapping[str, Any], seed: int) -> dict[str, float]:
@@ -129,7 +130,7 @@ class Study:
     def _split(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Indices: unlabelled pictures, the labelled ones among them (balanced), held out."""
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
-        pictures, held_out = order[: self.config.pictures], order[self.config.pictures :]
+        pictures, held_out = order[: self.config.pictures], order[self.config.pictures :][self.judged]
         each = self.config.labels // 10
         labelled = torch.cat([pictures[self.labels[pictures] == digit][:each] for digit in range(10)])
         return pictures, labelled, held_out
