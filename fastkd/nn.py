@@ -1,6 +1,7 @@
 """The losses as `torch.nn` modules, and what projects features for them."""
 
 from .models.cross_attention_projector import CrossAttentionProjector
+from .ops.features.cls_distillation import CLSDistillationLoss
 from .ops.features.dual_view import DualViewLoss
 from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
@@ -14,6 +15,7 @@ from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
+    "CLSDistillationLoss",
     "CrossAttentionProjector",
     "DISTLoss",
     "DKDLoss",

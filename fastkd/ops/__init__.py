@@ -10,6 +10,7 @@ from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
+from .features.cls_distillation import cls_distillation_loss
 from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
@@ -40,6 +41,7 @@ __all__ = [
     "attention_masking",
     "backend",
     "cls_attention_row",
+    "cls_distillation_loss",
     "decoder_assemble",
     "dist_loss",
     "dkd_loss",
