@@ -7,6 +7,7 @@
 #ifdef FASTKD_CUDA
 #include "cuda_ops.h"
 #else
+#include "block_mask.cpp"
 #include "random_masking.cpp"
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
@@ -23,8 +24,10 @@
 #include "linear_int8.cpp"
 #include "linear_pixel_loss.cpp"
 #include "mlp.cpp"
+#include "pseudo_label.cpp"
 #include "residual_layer_norm.cpp"
 #include "resized_crop.cpp"
+#include "upsample_cross_entropy.cpp"
 #endif
 
 namespace fastkd {
@@ -87,9 +90,15 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
         "float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
+  m.def("mask_image(Tensor images, Tensor keep, Tensor(a!) out) -> ()");
+  m.def("masked_consistency_loss(Tensor logits, Tensor label, Tensor? weight, int ignore_index, Tensor(a!) lse, "
+        "Tensor(b!) loss) -> ()");
+  m.def("masked_consistency_loss_backward(Tensor grad_loss, Tensor logits, Tensor label, Tensor? weight, "
+        "int ignore_index, Tensor lse, Tensor(a!) grad_logits) -> ()");
   m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
   m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("pseudo_label(Tensor logits, float threshold, Tensor(a!) label, Tensor(b!) count, Tensor(c!) prob) -> ()");
   m.def("gelu_backward(Tensor grad_out, Tensor x, Tensor(a!) grad_x) -> ()");
   m.def("residual_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, Tensor(a!) total, "
         "Tensor(b!) stats, Tensor(c!) normed) -> ()");
@@ -130,10 +139,14 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
   m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
+  m.impl("mask_image", TORCH_BOX(&mask_image));
+  m.impl("masked_consistency_loss", TORCH_BOX(&masked_consistency_loss));
+  m.impl("masked_consistency_loss_backward", TORCH_BOX(&masked_consistency_loss_backward));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
   m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  m.impl("pseudo_label", TORCH_BOX(&pseudo_label));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
   m.impl("resized_crop", TORCH_BOX(&resized_crop));
