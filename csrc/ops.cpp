@@ -19,6 +19,7 @@
 #include "linear.cpp"
 #include "linear_int8.cpp"
 #include "linear_pixel_loss.cpp"
+#include "logit_loss.cpp"
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #include "resized_crop.cpp"
@@ -71,6 +72,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "bool norm_pix, float eps, float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
   m.def("pixel_residual(Tensor? bias, Tensor images, Tensor ids, Tensor affine, int[] patch, bool norm_pix, float eps, "
         "float unit, Tensor(a!) loss, Tensor(b!) residual) -> ()");
+  m.def("logit_loss(Tensor student, Tensor? teacher, Tensor? index, Tensor? scores, Tensor? weight, "
+        "Tensor? sample_weight, Tensor? items, float[] terms, int ignore_index, float fixed, Tensor(a!) loss, "
+        "Tensor(b!) divisors, Tensor(c!)? grad) -> ()");
+  m.def("logit_loss_backward(Tensor grad_loss, Tensor saved, Tensor divisors, Tensor(a!) grad) -> ()");
   m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
   m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
@@ -107,6 +112,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_pixel_loss", TORCH_BOX(&linear_pixel_loss));
   m.impl("pixel_residual", TORCH_BOX(&pixel_residual));
+  m.impl("logit_loss", TORCH_BOX(&logit_loss));
+  m.impl("logit_loss_backward", TORCH_BOX(&logit_loss_backward));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
   m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
