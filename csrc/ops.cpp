@@ -11,11 +11,14 @@
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
+#include "dual_view.cpp"
 #include "feature_alignment.cpp"
 #include "attention.cpp"
 #include "column_sum.cpp"
 #include "ema_update.cpp"
+#include "gather_whiten.cpp"
 #include "gelu.cpp"
+#include "layer_mix.cpp"
 #include "linear.cpp"
 #include "linear_int8.cpp"
 #include "linear_pixel_loss.cpp"
@@ -62,8 +65,21 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
 #ifndef FASTKD_CUDA
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("dual_view_target(Tensor teacher, Tensor(a!) mean, Tensor(b!) inverse_norms) -> ()");
+  m.def("dual_view_loss(Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, Tensor teacher_inverse, "
+        "float alpha_plain, float alpha_alt, Tensor(a!) mean, Tensor(b!) rows, Tensor(c!) losses) -> ()");
+  m.def("dual_view_loss_backward(Tensor grad_losses, Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, "
+        "Tensor teacher_inverse, Tensor mean, Tensor rows, float alpha_plain, float alpha_alt, Tensor(a!)? grad_alt, "
+        "Tensor(b!) grad_plain) -> ()");
   m.def("ema_update_(Tensor(a!)[] averaged, Tensor[] current, Tensor weight) -> ()");
   m.def("has_amx() -> bool");
+  m.def("gather_whiten_smooth_l1(Tensor student, Tensor teacher, Tensor ids, Tensor? statistics, int norm, int kind, "
+        "int num_prefix, Tensor(a!) loss) -> ()");
+  m.def("gather_whiten_smooth_l1_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor ids, "
+        "Tensor? statistics, int norm, int kind, int num_prefix, Tensor(a!) grad_student) -> ()");
+  m.def("layer_mix(Tensor[] states, Tensor weight, Tensor(a!)[] mixed) -> ()");
+  m.def("layer_mix_backward(Tensor[] grads, Tensor[] states, Tensor weight, Tensor(a!)[] grad_states, "
+        "Tensor(b!) grad_weight) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> ()");
@@ -105,7 +121,14 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #ifndef FASTKD_CUDA
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("dual_view_target", TORCH_BOX(&dual_view_target));
+  m.impl("dual_view_loss", TORCH_BOX(&dual_view_loss));
+  m.impl("dual_view_loss_backward", TORCH_BOX(&dual_view_loss_backward));
   m.impl("ema_update_", TORCH_BOX(&ema_update_));
+  m.impl("gather_whiten_smooth_l1", TORCH_BOX(&gather_whiten_smooth_l1));
+  m.impl("gather_whiten_smooth_l1_backward", TORCH_BOX(&gather_whiten_smooth_l1_backward));
+  m.impl("layer_mix", TORCH_BOX(&layer_mix));
+  m.impl("layer_mix_backward", TORCH_BOX(&layer_mix_backward));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));

@@ -1,19 +1,35 @@
-"""The losses as `torch.nn` modules."""
+"""The losses as `torch.nn` modules, and what projects features for them."""
 
+from .models.cross_attention_projector import CrossAttentionProjector
+from .ops.features.dual_view import DualViewLoss
+from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
+from .ops.logits.cosine import LogitCosineLoss
+from .ops.logits.dist import DISTLoss
 from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
+from .ops.logits.standardise import StandardizedKDLoss
+from .ops.logits.uskd import USKDLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
+    "CrossAttentionProjector",
+    "DISTLoss",
     "DKDLoss",
+    "DualViewLoss",
+    "DynamicAlignment",
     "FeatureAlignmentLoss",
+    "GatherWhitenSmoothL1Loss",
     "JSDLoss",
     "KDLoss",
     "LinearPixelLoss",
+    "LogitCosineLoss",
     "LogitLoss",
     "MaskedPixelLoss",
     "NKDLoss",
     "ReverseKLLoss",
+    "StandardizedKDLoss",
     "TVDLoss",
+    "USKDLoss",
 ]
