@@ -87,8 +87,7 @@ struct Lines {
     z = memory.data(), v = z + line, hot = v + line, slope = hot + line, t = slope + line;
   }
 
-  // Not inlined: GCC 12 crashes over it.
-  __attribute__((noinline)) void load(int64_t r, int64_t block) {
+  void load(int64_t r, int64_t block) {
     row = r, first = block * kBlock, width = std::min(call.classes - first, kBlock), padded = round_up(width, S::lanes);
     line(call.student, z);
     if (o.teacher) line(*call.teacher, v);
@@ -277,17 +276,20 @@ A target_slope(const Settings<A>& o, const Row<A>& r, double& loss) {
   return g;
 }
 
+// Not inlined: GCC 12 crashes where this vector code becomes part of a callback.
+template <class A, class F>
+__attribute__((noinline)) void some_blocks(Lines<A>& lines, int64_t begin, int64_t end, const F& f) {
+  for (int64_t block = begin; block < end; ++block) f(lines, block);
+}
+
 // Calls f(lines, block) for the blocks of a row, on this thread, or on all.
 template <class A, class F>
 void for_blocks(const Call<A>& call, Lines<A>* own, const F& f) {
-  if (own) {
-    for (int64_t block = 0; block < call.blocks(); ++block) f(*own, block);
-  } else {
-    parallel(call.blocks(), 1, [&](int64_t begin, int64_t end) {
-      Lines<A> lines(call);
-      for (int64_t block = begin; block < end; ++block) f(lines, block);
-    });
-  }
+  if (own) return some_blocks(*own, 0, call.blocks(), f);
+  parallel(call.blocks(), 1, [&](int64_t begin, int64_t end) {
+    Lines<A> lines(call);
+    some_blocks(lines, begin, end, f);
+  });
 }
 
 // The loss of one row; its gradient is written.

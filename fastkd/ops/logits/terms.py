@@ -2,7 +2,7 @@
 
 One row has student logits z and teacher logits v over C classes. With q = softmax(z / T), p = softmax(v / T):
 
-    ce          sum_c t_c (log sum exp z - z_c); t_c = w_c ((1 - e) o_c + e / C), smoothed by e, o the target's row: given
+    ce          sum_c t_c (log sum exp z - z_c); t_c = w_c ((1 - e) o_c + e / C), smoothed by e, o the target row: given
                 or one-hot (then, as in torch, the first term has w_y and the second w_c)
     kl          KL(p || q) = sum p (log p - log q)                          Hinton et al. 2015
     reverse_kl  KL(q || p)
