@@ -23,6 +23,7 @@
 #include "linear.cpp"
 #include "linear_int8.cpp"
 #include "linear_pixel_loss.cpp"
+#include "logit_loss.cpp"
 #include "mlp.cpp"
 #include "pseudo_label.cpp"
 #include "residual_layer_norm.cpp"
@@ -95,6 +96,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor(b!) loss) -> ()");
   m.def("masked_consistency_loss_backward(Tensor grad_loss, Tensor logits, Tensor label, Tensor? weight, "
         "int ignore_index, Tensor lse, Tensor(a!) grad_logits) -> ()");
+  m.def("logit_loss(Tensor student, Tensor? teacher, Tensor? index, Tensor? scores, Tensor? weight, "
+        "Tensor? sample_weight, Tensor? items, float[] terms, int ignore_index, float fixed, Tensor(a!) loss, "
+        "Tensor(b!) divisors, Tensor(c!)? grad) -> ()");
+  m.def("logit_loss_backward(Tensor grad_loss, Tensor saved, Tensor divisors, Tensor(a!) grad) -> ()");
   m.def("mlp_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? hidden, Tensor(b!) activation) -> ()");
   m.def("mlp_hidden_backward(Tensor grad, Tensor weight, Tensor hidden, Tensor(a!) grad_hidden) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
@@ -142,6 +147,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("mask_image", TORCH_BOX(&mask_image));
   m.impl("masked_consistency_loss", TORCH_BOX(&masked_consistency_loss));
   m.impl("masked_consistency_loss_backward", TORCH_BOX(&masked_consistency_loss_backward));
+  m.impl("logit_loss", TORCH_BOX(&logit_loss));
+  m.impl("logit_loss_backward", TORCH_BOX(&logit_loss_backward));
   m.impl("mlp_hidden", TORCH_BOX(&mlp_hidden));
   m.impl("mlp_hidden_backward", TORCH_BOX(&mlp_hidden_backward));
   m.impl("gelu", TORCH_BOX(&gelu));
