@@ -1,7 +1,17 @@
 """The losses as `torch.nn` modules."""
 
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.logits.class_vectors import ClassVectorKDLoss
+from .ops.logits.linear_losses import LinearCrossEntropyLoss, LinearJSDLoss, LinearKLLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["FeatureAlignmentLoss", "LinearPixelLoss", "MaskedPixelLoss"]
+__all__ = [
+    "ClassVectorKDLoss",
+    "FeatureAlignmentLoss",
+    "LinearCrossEntropyLoss",
+    "LinearJSDLoss",
+    "LinearKLLoss",
+    "LinearPixelLoss",
+    "MaskedPixelLoss",
+]

@@ -12,6 +12,9 @@ from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
+from .logits import linear_specs  # noqa: F401
+from .logits.class_vectors import class_vector_kd
+from .logits.linear_losses import fused_linear_jsd, linear_cross_entropy, linear_jsd, linear_kl
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -26,12 +29,17 @@ __all__ = [
     "SPECS",
     "attention",
     "backend",
+    "class_vector_kd",
     "decoder_assemble",
     "feature_alignment_loss",
+    "fused_linear_jsd",
     "gelu",
     "linear",
+    "linear_cross_entropy",
     "linear_fp8",
     "linear_int8",
+    "linear_jsd",
+    "linear_kl",
     "linear_pixel_loss",
     "masked_pixel_loss",
     "mlp",
