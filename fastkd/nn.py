@@ -3,15 +3,23 @@
 from .ops.features.feature_alignment import FeatureAlignmentLoss
 from .ops.logits.class_vectors import ClassVectorKDLoss
 from .ops.logits.linear_losses import LinearCrossEntropyLoss, LinearJSDLoss, LinearKLLoss
+from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
     "ClassVectorKDLoss",
+    "DKDLoss",
     "FeatureAlignmentLoss",
+    "JSDLoss",
+    "KDLoss",
     "LinearCrossEntropyLoss",
     "LinearJSDLoss",
     "LinearKLLoss",
     "LinearPixelLoss",
+    "LogitLoss",
     "MaskedPixelLoss",
+    "NKDLoss",
+    "ReverseKLLoss",
+    "TVDLoss",
 ]

@@ -13,14 +13,17 @@ from .blocks.residual_layer_norm import residual_layer_norm
 from .features.feature_alignment import feature_alignment_loss
 from .images.resized_crop import resized_crop
 from .logits import linear_specs  # noqa: F401
+from .logits import spec as _logit_loss_spec  # noqa: F401
 from .logits.class_vectors import class_vector_kd
 from .logits.linear_losses import fused_linear_jsd, linear_cross_entropy, linear_jsd, linear_kl
+from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
 from .masked.masked_pixel_loss import masked_pixel_loss
 from .masked.random_masking import Masking, random_masking
 from .masked.visible_patch_embed import visible_patch_embed
+from .weights.ema_update import ema_update_
 
 __all__ = [
     "BACKENDS",
@@ -31,9 +34,13 @@ __all__ = [
     "backend",
     "class_vector_kd",
     "decoder_assemble",
+    "dkd_loss",
+    "ema_update_",
     "feature_alignment_loss",
     "fused_linear_jsd",
     "gelu",
+    "jsd_loss",
+    "kd_loss",
     "linear",
     "linear_cross_entropy",
     "linear_fp8",
@@ -41,13 +48,17 @@ __all__ = [
     "linear_jsd",
     "linear_kl",
     "linear_pixel_loss",
+    "logit_loss",
     "masked_pixel_loss",
     "mlp",
+    "nkd_loss",
     "patchify",
     "quantize_rows",
     "random_masking",
     "residual_layer_norm",
     "resized_crop",
+    "reverse_kl_loss",
+    "tvd_loss",
     "unpatchify",
     "visible_patch_embed",
 ]

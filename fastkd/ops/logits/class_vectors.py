@@ -25,8 +25,8 @@ from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from ..blocks.linear import wide_dtype
-from .linear_rows import Terms
-from .linear_rows import kernel as logit_rows
+from .logit_loss import forward as logit_rows
+from .terms import Terms
 
 OP = "class_vector_kd"
 REDUCTIONS = ("mean_elements", "batchmean")

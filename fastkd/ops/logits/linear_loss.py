@@ -32,8 +32,8 @@ from .._op import custom_op
 from ..blocks import linear as _linear
 from . import linear_topk
 from .linear_products import Products
-from .linear_rows import Terms
-from .linear_rows import kernel as logit_rows
+from .logit_loss import forward as logit_rows
+from .terms import Terms
 
 OP = "linear_loss"
 REDUCTIONS = ("batchmean", "sum", "none")

@@ -229,7 +229,9 @@ def _divergence(
         _check.fail(op, "weight of the divergence", soft, "a positive number", "linear_cross_entropy goes without it")
     x = _linear.under_autocast(op, x)
     _check_rows(op, "student_input", x)
-    weight, bias, teacher_weight, teacher_bias = (_first(t, vocab) for t in (weight, bias, teacher_weight, teacher_bias))
+    weight, bias, teacher_weight, teacher_bias = (
+        _first(t, vocab) for t in (weight, bias, teacher_weight, teacher_bias)
+    )
     if teacher_logits is not None and vocab is not None:
         teacher_logits = teacher_logits[..., :vocab]
     _linear.check_parameters(op, x, x.shape[-1], student_weight=weight, student_bias=bias)
