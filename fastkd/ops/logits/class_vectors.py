@@ -16,6 +16,8 @@ gradient is made in forward, B D numbers, and backward scales it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +26,8 @@ from .. import _check
 from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
-from ..blocks.linear import wide_dtype
-from .logit_loss import forward as logit_rows
+from ..blocks.linear import as_rows, wide_dtype
+from .linear_loss import rows_on
 from .terms import Terms
 
 OP = "class_vector_kd"
@@ -45,6 +47,7 @@ def _fill_unit_rows(x, scale, out, norms) -> None:
 def _fill_unit_rows_backward(grad, unit, norms, scale, factor, grad_x) -> None:
     along = (unit * grad).sum(1, keepdim=True) / scale**2
     along = torch.where(norms[:, None] < NORM_FLOOR, 0, along)
+    # `grad_x` may be `grad`.
     torch.mul(grad - unit * along, factor / norms.clamp_min(NORM_FLOOR)[:, None], out=grad_x)
 
 
@@ -59,31 +62,47 @@ unit_rows_backward = Kernel(
 )
 
 
+def through(backend: str) -> Callable[..., None]:
+    """Loss and gradient [B, D] (None: not wanted), wide, on the kernels of one backend."""
+
+    def fill(student, text, teacher, teacher_logits, scale, teacher_scale, temperature, weight, grad, loss) -> None:
+        batch, width = student.shape
+        both = 2 * batch if teacher is not None else batch
+        units, norms, divisors = loss.new_empty(both, width), loss.new_empty(both), loss.new_empty(2)
+        normalize = unit_rows.implementation(backend)
+        normalize(student, scale, units[:batch], norms[:batch])
+        if teacher is not None:
+            normalize(teacher, teacher_scale, units[batch:], norms[batch:])
+        # Into given memory: autocast leaves such products alone.
+        logits = torch.mm(units, text.t(), out=loss.new_empty(both, len(text)))
+        mine, theirs = logits[:batch], teacher_logits if teacher is None else logits[batch:]
+        terms = list(Terms(kl=weight * temperature**2, temperature=temperature))
+        over = None if grad is None else mine
+        rows_on(backend, mine)(mine, theirs, *[None] * 5, terms, 0, float(batch), loss, divisors, over)
+        if grad is not None:
+            torch.mm(mine, text, out=grad)
+            unit_rows_backward.implementation(backend)(grad, units[:batch], norms[:batch], scale, scale, grad)
+
+    return fill
+
+
+kernel = Kernel(OP, reference=through("reference"), cpp=through("cpp"), triton=f"{_TRITON}:fill")
+
+
 @custom_op("class_vector_kd")
 def _op(
     student: Tensor, text: Tensor, teacher: Tensor | None, teacher_logits: Tensor | None, scale: float,
     teacher_scale: float, temperature: float, weight: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, width = student.shape
     wide = wide_dtype(student.dtype)
-    text = text.to(wide)
-    both = 2 * batch if teacher is not None else batch
-    rows = student.new_empty(both, width, dtype=wide)
-    norms = student.new_empty(both, dtype=wide)
-    unit_rows(student, scale, rows[:batch], norms[:batch])
-    if teacher is not None:
-        unit_rows(teacher, teacher_scale, rows[batch:], norms[batch:])
-    logits = torch.mm(rows, text.t(), out=rows.new_empty(both, len(text)))  # out: autocast leaves it alone
-    teacher_logits = logits[batch:] if teacher is not None else teacher_logits
-    terms = list(Terms(kl=weight * temperature**2, temperature=temperature))
-    loss, divisors, s = logits.new_empty(()), logits.new_empty(2), logits[:batch]
-    logit_rows(
-        s, teacher_logits, None, None, None, None, None, terms, 0, float(batch), loss, divisors, s if keep else None,
-    )  # fmt: skip
+    loss = student.new_empty((), dtype=wide)
     grad = student.new_empty(student.shape if keep else (0,), dtype=wide)
-    if keep:
-        grad_unit = torch.mm(s, text, out=rows.new_empty(batch, width))
-        unit_rows_backward(grad_unit, rows[:batch], norms[:batch], scale, scale, grad)
+    if teacher_logits is not None:
+        teacher_logits = as_rows(teacher_logits)
+    text = as_rows(text).to(wide)
+    kernel(
+        student, text, teacher, teacher_logits, scale, teacher_scale, temperature, weight, grad if keep else None, loss
+    )
     return loss, grad
 
 
@@ -272,7 +291,7 @@ SPEC = register(
         name=OP,
         function=class_vector_kd,
         reference=_reference,
-        kernels=(unit_rows, unit_rows_backward),
+        kernels=(kernel, unit_rows, unit_rows_backward),
         build=_build,
         differentiable=("student_feature",),
         cases={
@@ -282,7 +301,7 @@ SPEC = register(
             "odd": dict(batch=1, width=7, classes=2, temperature=0.5, scale=3.0),
         },
         space=dict(
-            batch=(1, 2, 5), width=(1, 8, 33), classes=(1, 2, 17), stored=(False, True), temperature=(0.5, 1.0, 4.0),
+            batch=(1, 2, 5), width=(2, 8, 33), classes=(2, 17), stored=(False, True), temperature=(0.5, 1.0, 4.0),
             scale=(1.0, 20.0), reduction=REDUCTIONS, seed=tuple(range(5)),
         ),
         bench={

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .class_vectors import through
+
 
 @triton.jit
 def _unit_rows_kernel(x, out, norms, width, x_row, x_column, scale, BLOCK: tl.constexpr):
@@ -43,3 +45,6 @@ def unit_rows_backward(grad, unit, norms, scale: float, factor: float, grad_x: t
     _unit_rows_backward_kernel[(len(grad),)](
         grad, unit, norms, grad_x, grad.shape[1], scale**-2, factor, **_options(grad.shape[1])
     )
+
+
+fill = through("triton")

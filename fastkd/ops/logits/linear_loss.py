@@ -3,7 +3,7 @@
 For N rows x of H features, V classes, s the scale and c the soft cap:
 
     z = s (x W^T + b), then z = c tanh(z / c)          the logits [N, V], of the student or of the teacher
-    rows = w_hard CE(z, y) + w_soft D(teacher, z)      D: Kullback-Leibler or Jensen-Shannon divergence, at temperature T
+    rows = w_hard CE(z, y) + w_soft D(teacher, z)      D: a divergence, KL or Jensen-Shannon, at temperature T
     loss = sum(rows) / count
     dx = s g W,  dW = s g^T x,  db = s sum_rows g      g = d rows / d z (times 1 - (z / c)^2), times d loss / count
 
@@ -79,7 +79,7 @@ def through(backend: str) -> Callable[..., None]:
         buffer = rows.new_empty(count, classes)
         taught = rows.new_empty(count, classes) if other is not None else None
         capped = rows.new_empty(count, classes) if wants and options.cap else None
-        each, terms, divisors = logit_rows.implementation(backend), _terms(options), rows.new_empty(2)
+        each, terms, divisors = rows_on(backend, rows), _terms(options), rows.new_empty(2)
         bias, teacher_bias = (None if b is None else b.to(rows.dtype).contiguous() for b in (bias, teacher.bias))
         if grad_bias is not None:
             grad_bias.zero_()
@@ -120,6 +120,12 @@ def through(backend: str) -> Callable[..., None]:
                 head.grad_weight(grad, inputs, grad_weight, first=start == 0)
 
     return fill
+
+
+def rows_on(backend: str, wide: Tensor) -> Callable[..., None]:
+    """The rows of `logit_loss` on a backend, for tensors like `wide`."""
+    reason = logit_rows.why_not(backend, wide.device.type, wide.dtype)
+    return logit_rows.implementation(backend if reason is None else "reference")
 
 
 def _terms(options: Options) -> list[float]:

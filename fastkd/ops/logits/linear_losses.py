@@ -165,7 +165,7 @@ def linear_kl(
     vocab_size: int | None = None,
     chunk_size: int = CHUNK,
 ) -> Tensor:
-    """KL(teacher || student) of two heads, plus cross entropy if wanted: `linear_jsd` with beta = 0, and a top-k teacher.
+    """KL(teacher || student) of two heads, plus cross entropy if wanted: `linear_jsd` with beta 0, or a top-k teacher.
 
     Args:
         topk_ids, topk_logprobs: [N, K] or [B, T, K], int64 and floating: all that is known of the teacher, K different
@@ -215,7 +215,7 @@ def fused_linear_jsd(
 def _divergence(
     op, x, weight, teacher_x, teacher_weight, target, bias, teacher_bias, teacher_logits, ids, logprobs, mode, beta,
     temperature, t_square, hard, soft, ignore_index, reduction, num_items, scale, cap, teacher_scale, teacher_cap,
-    vocab, chunk_size,
+    vocab_size, chunk_size,
 ) -> Tensor:  # fmt: skip
     if reduction not in DIVERGENCE_REDUCTIONS:
         _check.fail(op, "reduction", repr(reduction), "one of " + ", ".join(DIVERGENCE_REDUCTIONS))
@@ -229,11 +229,10 @@ def _divergence(
         _check.fail(op, "weight of the divergence", soft, "a positive number", "linear_cross_entropy goes without it")
     x = _linear.under_autocast(op, x)
     _check_rows(op, "student_input", x)
-    weight, bias, teacher_weight, teacher_bias = (
-        _first(t, vocab) for t in (weight, bias, teacher_weight, teacher_bias)
-    )
-    if teacher_logits is not None and vocab is not None:
-        teacher_logits = teacher_logits[..., :vocab]
+    if vocab_size is not None:
+        heads = (weight, bias, teacher_weight, teacher_bias)
+        weight, bias, teacher_weight, teacher_bias = (None if t is None else t[:vocab_size] for t in heads)
+        teacher_logits = None if teacher_logits is None else teacher_logits[..., :vocab_size]
     _linear.check_parameters(op, x, x.shape[-1], student_weight=weight, student_bias=bias)
     if target is not None:
         _check_target(op, target, x)
@@ -338,10 +337,6 @@ def _same_float64(op: str, name: str, value: Tensor, x: Tensor) -> None:
     if (value.dtype == torch.float64) != (x.dtype == torch.float64):
         got = f"{value.dtype} with a student in {x.dtype}".replace("torch.", "")
         _check.fail(op, name, got, "float64 on both sides or on none", "cast one of them", TypeError)
-
-
-def _first(t: Tensor | None, vocab: int | None) -> Tensor | None:
-    return t if t is None or vocab is None else t[:vocab]
 
 
 def _positive(op: str, name: str, value: float) -> float:

@@ -1,4 +1,4 @@
-"""Rows of logits against the teacher's k most probable classes: all that is stored of it are k ids and log-probabilities.
+"""Rows of logits against the teacher's k most probable classes: stored of it are k ids and log-probabilities.
 
 For q = softmax(z), p the k stored probabilities, S = sum p, Q = sum of q over the k ids (Liger-Kernel issue 441,
 MaxText; temperature 1):
@@ -8,8 +8,8 @@ MaxText; temperature 1):
     tail     raw + p_r (log p_r - log q_r)                  dz_j = q_j - p_j on the ids, q_j (1 - p_r / q_r) elsewhere
              p_r = 1 - S, q_r = 1 - Q, both at least 1e-12  (p_j = 0 off the ids)
 
-`raw` is the full divergence without what the teacher leaves out, `tail` puts that into one class of its own. A row needs
-its log-sum-exp, k logits and one pass that overwrites them with the gradient.
+`raw` is the full divergence without what the teacher leaves out, `tail` puts that into one class of its own. A row
+needs its log-sum-exp, k logits and one pass that overwrites them with the gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def coefficients(lq: Tensor, lp: Tensor, mode: int) -> tuple[Tensor, Tensor, Ten
 
 
 def through(log_sum_exp: Callable[[Tensor], Tensor], softmax: Callable[..., None]) -> Callable[..., None]:
-    """The rows on two passes: log_sum_exp(z) -> [n, 1], and softmax(z, lse, factor, grad), grad = factor exp(z - lse)."""
+    """The rows on two passes: log_sum_exp(z) -> [n, 1]; softmax(z, lse, factor, grad): grad = factor exp(z - lse)."""
 
     def fill(z, ids, logprobs, target, hard, soft, mode, ignore_index, row_weight, losses, grad) -> None:
         lse = log_sum_exp(z)
