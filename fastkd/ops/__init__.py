@@ -17,6 +17,10 @@ from .logits import spec as _logit_loss_spec  # noqa: F401
 from .logits.class_vectors import class_vector_kd
 from .logits.linear_losses import fused_linear_jsd, linear_cross_entropy, linear_jsd, linear_kl
 from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
+from .logits.cosine import logit_cosine_loss
+from .logits.dist import dist_loss
+from .logits.standardise import logit_standardization, standardized_kd_loss
+from .logits.uskd import uskd_loss
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -36,6 +40,7 @@ __all__ = [
     "decoder_assemble",
     "dkd_loss",
     "ema_update_",
+    "dist_loss",
     "feature_alignment_loss",
     "fused_linear_jsd",
     "gelu",
@@ -49,6 +54,8 @@ __all__ = [
     "linear_kl",
     "linear_pixel_loss",
     "logit_loss",
+    "logit_cosine_loss",
+    "logit_standardization",
     "masked_pixel_loss",
     "mlp",
     "nkd_loss",
@@ -59,6 +66,8 @@ __all__ = [
     "resized_crop",
     "reverse_kl_loss",
     "tvd_loss",
+    "standardized_kd_loss",
     "unpatchify",
+    "uskd_loss",
     "visible_patch_embed",
 ]
