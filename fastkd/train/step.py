@@ -64,7 +64,7 @@ class TrainingStep:
         model: a method, such as `DMAE`, bare or as `Processes.wrap` returns it.
         optimizer: over its parameters; with graphs one whose learning rate is a tensor (``adamw(capturable=True)``).
         mask_ratio: share of masked patches, for a model that is called as ``model(images, mask_ratio, keys=keys)``;
-            None calls ``model(images, labels)``.
+            None calls ``model(images, labels)``, or ``model(images, keys)`` where `labelled` is False.
         names: of the losses in the model's result, the one to minimise first.
         amp: dtype of autocast; None computes in the dtype of the weights.
         accumulate: micro-batches per step, all of one shape.
@@ -90,6 +90,7 @@ class TrainingStep:
         mask_ratio: float | None,
         *,
         names: Sequence[str] = LOSSES,
+        labelled: bool = False,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
@@ -98,7 +99,7 @@ class TrainingStep:
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.optimizer, self.mask_ratio, self.names = model, optimizer, mask_ratio, tuple(names)
-        self._read = ("images", "labels" if mask_ratio is None else "keys")
+        self._read = ("images", "labels" if labelled else "keys")
         self.amp, self.accumulate, self.graphs = amp, accumulate, graphs
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.group = group or Processes(0, 1, self.device)

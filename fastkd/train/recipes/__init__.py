@@ -14,6 +14,10 @@ METHODS = {
         "a masked-autoencoder ViT from any ViT, without labels",
     ),
     "kd": ("fastkd.train.recipes.kd:KDConfig", "any timm classifier from any other by a classic loss (--loss)"),
+    "selfdist": (
+        "fastkd.train.recipes.selfdist:SelfDistillationConfig",
+        "a masked autoencoder, pre-trained further on your images, with itself as the teacher",
+    ),
 }
 
 
