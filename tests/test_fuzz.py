@@ -46,6 +46,8 @@ def ill_posed(op: str, case: dict, dtype: torch.dtype, stress: str) -> bool:
         return case["classes"] == 2 or stress == "constant"
     if op == "dist_loss":  # vanishing norms: what is left of equal or saturated probabilities is rounding
         return stress != "none"
+    if op == "dual_view_loss":  # the second view of a constant is the rounding of its mean
+        return stress == "constant"
     return False
 
 
