@@ -34,6 +34,10 @@ def unpinned(what: str) -> tuple[str, ...]:
     return ("test_unpinned.py", "-k", what)
 
 
+def linear(what: str, backend: str) -> tuple[str, ...]:
+    return ("test_golden_linear.py", "-k", f"{what} and {backend}")
+
+
 def accuracy(op: str, backend: str) -> tuple[str, ...]:
     return ("test_ops.py", "-k", f"test_accuracy and {op} and {backend}")
 
@@ -42,7 +46,25 @@ PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_m
 LINEAR_PIXEL = "linear_pixel_loss"
 EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
 
+LOGITS = "fastkd/ops/logits"
+
 PYTHON = [
+    Mutant("class vectors: the floor is added to the norm", f"{LOGITS}/class_vectors.py",
+           "factor / norms.clamp_min(NORM_FLOOR)[:, None], out=grad_x", "factor / (norms + 1e-3)[:, None], out=grad_x",
+           linear("class_vector", "reference")),
+    Mutant("class vectors: no way back through the norm", f"{LOGITS}/class_vectors.py",
+           "torch.mul(grad - unit * along,", "torch.mul(grad,", linear("class_vector", "reference")),
+    Mutant("linear head: chunks overwrite the gradient of the weight", f"{LOGITS}/linear_products.py",
+           "torch.addmm(out, grad, x, out=out)", "_product(grad, x, out)", linear("linear_cross", "reference")),
+    Mutant("linear head: ignored rows count in the mean", f"{LOGITS}/linear_loss.py",
+           "(target != ignore_index).sum().clamp_min(1)", "len(rows)", linear("linear_jsd", "reference")),
+    Mutant("linear head: the slope of the cap is left out", f"{LOGITS}/linear_loss.py",
+           "grad.mul_(z.div_(options.cap).square_().neg_().add_(1))", "pass",
+           ("test_linear_losses.py", "-k", "scale_and_cap and reference")),
+    Mutant("linear head: beta counts the student", f"{LOGITS}/linear_loss.py", '{0.0: "kl", 1.0: "reverse_kl"}',
+           '{1.0: "kl", 0.0: "reverse_kl"}', linear("linear_jsd", "reference")),
+    Mutant("top-k teacher: the tail has no slope", f"{LOGITS}/linear_topk.py", "mass - slope * (1 - mine)", "mass",
+           linear("topk and tail", "reference")),
     Mutant("packed crops forget the flip's draw", "fastkd/data/crops.py", "flips.append(random.random() < self.flip)",
            "flips.append(False)", ("test_pack.py", "-k", "those_of_the_folder")),
     Mutant("several masks: the same key for all", "fastkd/data/loader.py",
@@ -144,6 +166,8 @@ PYTHON = [
 ]  # fmt: skip
 
 TRITON = [
+    Mutant("triton unit rows: no way back through the norm", f"{LOGITS}/class_vectors_triton.py",
+           "(g - u * along)", "g", accuracy("class_vector_kd", "triton")),
     Mutant("triton crop: sums are cut before they are shifted", "fastkd/ops/images/resized_crop_triton.py",
            "tl.minimum(tl.maximum(sums >> _PLACES, 0), 255)", "tl.minimum(tl.maximum(sums, 0) >> _PLACES, 254)",
            ("test_resized_crop.py", "-k", "order_of_the_axes and triton")),
@@ -184,6 +208,13 @@ TRITON = [
 ]  # fmt: skip
 
 NATIVE = [
+    Mutant("C++ unit rows: the gradient's projection keeps the scale", "csrc/class_vectors.cpp",
+           "along / A(scale * scale)", "along / A(scale)", accuracy("class_vector_kd", "cpp")),
+    Mutant("C++ linear head: the bias is not scaled", "csrc/linear_loss.cpp",
+           "_mm512_mul_ps(by, _mm512_maskz_loadu_ps(valid, bias + half))", "_mm512_maskz_loadu_ps(valid, bias + half)",
+           accuracy("linear_cross_entropy", "cpp"), "amx"),
+    Mutant("C++ top-k rows: the last classes are left out of the sum", "csrc/linear_loss.cpp",
+           "for (int64_t i = whole; i < n; ++i) total += std::exp(x[i] - most);", "", linear("topk", "cpp")),
     Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
            unpinned("ties and cpp")),
     Mutant("C++ masks from keys: nine rounds", "csrc/philox.h", "round < 10", "round < 9",
