@@ -2,8 +2,10 @@
 
 from .dmae import DMAE
 from .kd import KD
+from .maskalign import MaskAlign
 
 __all__ = [
     "DMAE",
     "KD",
+    "MaskAlign",
 ]
