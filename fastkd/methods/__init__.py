@@ -9,3 +9,7 @@ __all__ = [
     "KD",
     "MaskAlign",
 ]
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
+
+__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
