@@ -2,10 +2,12 @@
 
 from .dmae import DMAE
 from .kd import KD
+from .maskalign import MaskAlign
 
 __all__ = [
     "DMAE",
     "KD",
+    "MaskAlign",
 ]
 from .self_distillation import FurtherPretrainer
 from .self_distillation_text import TextFurtherPretrainer

@@ -65,6 +65,31 @@ PYTHON = [
            '{1.0: "kl", 0.0: "reverse_kl"}', linear("linear_jsd", "reference")),
     Mutant("top-k teacher: the tail has no slope", f"{LOGITS}/linear_topk.py", "mass - slope * (1 - mine)", "mass",
            linear("topk and tail", "reference")),
+MIX, GATHER = "layer_mix", "gather_whiten_smooth_l1"
+
+
+def maskalign(what: str, backend: str) -> tuple[str, ...]:
+    return ("test_golden_maskalign.py", "-k", f"{what} and {backend}")
+
+
+PYTHON = [
+    Mutant("gather: the loss is torch's smooth L1, not twice it", f"{FEATURES}/gather_whiten.py",
+           "return 2 * F.smooth_l1_loss(d", "return F.smooth_l1_loss(d", maskalign("align_loss", "reference")),
+    Mutant("gather: deviation of the batch by the biased variance", f"{FEATURES}/gather_whiten.py",
+           "correction=1", "correction=0", maskalign("teacher_target", "reference")),
+    Mutant("layer mix: the gradient of the weights is transposed", f"{FEATURES}/layer_mix.py",
+           "grad_weight.copy_(above @ below.T)", "grad_weight.view(-1).copy_((below @ above.T).flatten())",
+           maskalign("align_loss", "reference")),
+    Mutant("alignment: the unit matrix without 0.01 beside it", f"{FEATURES}/dynamic_alignment.py",
+           "torch.eye(num_teacher_layers) + 0.01", "torch.eye(num_teacher_layers)",
+           ("test_dynamic_alignment.py", "-k", "plain_formula and linear")),
+    Mutant("attention masks: unimportant patches first", f"{MASKED}/attention_masking.py",
+           "ordered_masking(-(", "ordered_masking((", maskalign("attention_mask", "reference")),
+    Mutant("attention masks: patches are raced without the CLS token's share", f"{MASKED}/attention_masking.py",
+           ".softmax(-1)\n        return attention[:, :, num_prefix:]",
+           "[:, :, num_prefix:].softmax(-1)\n        return attention", maskalign("importance", "golden")),
+    Mutant("MaskAlign: the teacher looks at the student's statistics", "fastkd/methods/maskalign.py",
+           "by_attention, mean=self.mean, std=self.std", "by_attention", ("test_maskalign.py", "-k", "floating")),
     Mutant("packed crops forget the flip's draw", "fastkd/data/crops.py", "flips.append(random.random() < self.flip)",
            "flips.append(False)", ("test_pack.py", "-k", "those_of_the_folder")),
     Mutant("several masks: the same key for all", "fastkd/data/loader.py",
@@ -205,6 +230,10 @@ TRITON = [
            "rows, programs * ROWS)", "rows, 2 * programs * ROWS)", accuracy("layer_norm-many_rows", "triton")),
     Mutant("triton mlp: the bias gradient of the last tile", "fastkd/ops/blocks/mlp_triton.py",
            "sums += grad", "sums = grad", ("test_blocks.py", "-k", "products and mlp and triton")),
+    Mutant("triton layer mix: every tile writes the first share", f"{FEATURES}/layer_mix_triton.py",
+           "partial + program * (MIXTURES * LAYERS)", "partial + program * 0", accuracy(MIX, "triton")),
+    Mutant("triton gather: the row beside", f"{FEATURES}/gather_whiten_triton.py",
+           "num_prefix + seen, k)", "seen, k)", maskalign("teacher_target", "triton")),
 ]  # fmt: skip
 
 NATIVE = [
@@ -246,6 +275,11 @@ NATIVE = [
     Mutant("C++ attention: softmax scale", "csrc/attention.cpp",
            "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
            "q.load(s.queries, Q, dp, A(1) / A(s.dim));", accuracy("attention", "cpp")),
+    Mutant("C++ gather: epsilon of the students' norms", "csrc/gather_whiten.cpp", "squares / n + A(1e-5)",
+           "squares / n + A(1e-6)", maskalign("teacher_target", "cpp")),
+    Mutant("C++ layer mix: the last elements of a tile are not written", "csrc/layer_mix.cpp",
+           "convert_row(lines, count, mutable_data", "convert_row(lines, count - 1, mutable_data",
+           accuracy(MIX, "cpp")),
     Mutant("C++ GELU: the density is left out of the slope", "csrc/gelu_math.h", "area + x * bell * 0.39894228f",
            "area + 0 * bell", accuracy("gelu", "cpp")),
     Mutant("int8: deep products start again", "csrc/gemm_int8.h", "block(i), l > 0);", "block(i), false);",
