@@ -11,15 +11,12 @@ from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.detection_consistency import objectness_consistency_loss, roi_consistency_loss
-from .features.feature_alignment import feature_alignment_loss
-from .features.pseudo_label import pseudo_label
-from .features.upsample_cross_entropy import masked_consistency_loss
-from .images.resized_crop import resized_crop
-from .masked.block_mask import block_mask, mask_image
 from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
 from .features.layer_mix import layer_mix
+from .features.pseudo_label import pseudo_label
+from .features.upsample_cross_entropy import masked_consistency_loss
 from .images.resized_crop import resized_crop
 from .logits import spec as _logit_loss_spec  # noqa: F401
 from .logits.cosine import logit_cosine_loss
@@ -28,6 +25,7 @@ from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, re
 from .logits.standardise import logit_standardization, standardized_kd_loss
 from .logits.uskd import uskd_loss
 from .masked.attention_masking import attention_masking, cls_attention_row
+from .masked.block_mask import block_mask, mask_image
 from .masked.decoder_assemble import decoder_assemble
 from .masked.images import patchify, unpatchify
 from .masked.linear_pixel_loss import linear_pixel_loss
@@ -63,17 +61,15 @@ __all__ = [
     "linear_fp8",
     "linear_int8",
     "linear_pixel_loss",
+    "logit_cosine_loss",
+    "logit_loss",
+    "logit_standardization",
     "mask_image",
     "masked_consistency_loss",
     "masked_pixel_loss",
     "mlp",
-    "objectness_consistency_loss",
-    "logit_cosine_loss",
-    "logit_loss",
-    "logit_standardization",
-    "masked_pixel_loss",
-    "mlp",
     "nkd_loss",
+    "objectness_consistency_loss",
     "patchify",
     "pseudo_label",
     "quantize_rows",
@@ -81,8 +77,8 @@ __all__ = [
     "remove_dc",
     "residual_layer_norm",
     "resized_crop",
-    "roi_consistency_loss",
     "reverse_kl_loss",
+    "roi_consistency_loss",
     "standardized_kd_loss",
     "teacher_targets",
     "tvd_loss",
