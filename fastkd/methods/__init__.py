@@ -7,3 +7,7 @@ __all__ = [
     "DMAE",
     "KD",
 ]
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
+
+__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
