@@ -1,5 +1,13 @@
 """Distillation methods, one file each."""
 
 from .dmae import DMAE
+from .kd import KD
 
-__all__ = ["DMAE"]
+__all__ = [
+    "DMAE",
+    "KD",
+]
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
+
+__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]

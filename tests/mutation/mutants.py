@@ -137,6 +137,17 @@ PYTHON = [
            ("test_teacher_precision.py", "-k", "features_are_close")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
            "return lr * (epoch + 1) / warmup_epochs", ("test_golden_models.py", "-k", "lr_schedule")),
+    Mutant("self-distillation: the class token sees its neighbour alone", "fastkd/models/vit.py",
+           "self.attn.cross(head(h, 1).contiguous(), h)", "self.attn.cross(head(h, 1).contiguous(), head(h, 2))",
+           ("test_self_distillation.py", "-k", "encode_is_the_full_forward and plain")),
+    Mutant("self-distillation: mean over channels", f"{FEATURES}/cls_distillation.py",
+           "return student.shape[-1] * feature_alignment_loss", "return feature_alignment_loss",
+           ("test_golden_sdfp.py", "-k", "distill_loss and reference")),
+    Mutant("self-distillation: cached tokens one place off", "fastkd/methods/self_distillation.py",
+           "[prefix, ids + prefix.shape[1]]", "[prefix, ids]", ("test_self_distillation.py", "-k", "all-cache")),
+    Mutant("self-distillation: padding is masked", "fastkd/methods/self_distillation_text.py",
+           "(noise[0] < mask_ratio) & maskable", "noise[0] < mask_ratio",
+           ("test_self_distillation.py", "-k", "masked_as_bert")),
 ]  # fmt: skip
 
 TRITON = [

@@ -266,7 +266,7 @@ def _loss(
         scores = target.reshape(-1, classes) if terms.ce else None
         index = target.argmax(-1).reshape(-1) if terms.need_index else None
     elif target is not None:
-        index = target.reshape(-1)
+        index = target.reshape(-1).contiguous()
     counted = target is not None and not target.is_floating_point()
     items, fixed = _divisor(op, student, counted, reduction, num_items_in_batch)
     weight, sample_weight = (

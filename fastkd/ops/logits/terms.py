@@ -2,7 +2,8 @@
 
 One row has student logits z and teacher logits v over C classes. With q = softmax(z / T), p = softmax(v / T):
 
-    ce          sum_c t_c (log sum exp z - z_c): t is w_y onehot(y), smoothed (1 - e) t + e w / C, or w times a given row
+    ce          sum_c t_c (log sum exp z - z_c); t_c = w_c ((1 - e) o_c + e / C), smoothed by e, o the target row: given
+                or one-hot (then, as in torch, the first term has w_y and the second w_c)
     kl          KL(p || q) = sum p (log p - log q)                          Hinton et al. 2015
     reverse_kl  KL(q || p)
     jsd         b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q      Agarwal et al. 2024 (GKD), eq. 1
