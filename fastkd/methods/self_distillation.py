@@ -173,11 +173,12 @@ class FurtherPretrainer(TwoPhases):
 
     def _reconstruct(self, images: Tensor, masking: Masking, tokens: Tensor) -> Tensor:
         student, pred = self.student, self.student.decoder_pred
-        if masking.ids_masked.shape[1] == 0:
+        ids_masked = masking.ids_shuffle[:, masking.ids_keep.shape[1] :]
+        if ids_masked.shape[1] == 0:
             raise ValueError("FurtherPretrainer: mask_ratio: got a ratio that masks no patch, expected a larger one")
         statistics = dict(mean=student.mean, std=student.std) if images.dtype == torch.uint8 else {}
         return ops.linear_pixel_loss(
-            student.decode_features(tokens, masking.ids_shuffle), pred.weight, pred.bias, images, masking.ids_masked,
+            student.decode_features(tokens, masking.ids_shuffle), pred.weight, pred.bias, images, ids_masked,
             student.patch_size, self.norm_pix_loss, **statistics,
         )  # fmt: skip
 
