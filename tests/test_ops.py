@@ -120,6 +120,15 @@ def kind(argument):
     return argument if isinstance(argument, bool) else type(argument).__name__
 
 
+def leaf(argument, trained: bool):
+    """The argument without history; it requires grad where it did and `trained` is set. Lists of tensors too."""
+    if isinstance(argument, (list, tuple)):
+        return [leaf(a, trained) for a in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.detach().requires_grad_(trained and argument.requires_grad)
+
+
 @pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
 @each_op
 def test_opcheck(spec, layout):
@@ -143,9 +152,7 @@ def test_opcheck(spec, layout):
     assert calls, "no custom op was called"
     for func, args, kw in calls.values():
         forward = not func._opname.endswith("_backward")  # saved tensors still require grad there
-        args = [
-            a.detach().requires_grad_(forward and a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
-        ]
+        args = [leaf(a, forward) for a in args]
         torch.library.opcheck(func, args, kw)
 
 

@@ -1,5 +1,15 @@
 """Distillation methods, one file each."""
 
 from .dmae import DMAE
+from .kd import KD
+from .maskalign import MaskAlign
 
-__all__ = ["DMAE"]
+__all__ = [
+    "DMAE",
+    "KD",
+    "MaskAlign",
+]
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
+
+__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]

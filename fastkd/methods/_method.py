@@ -13,7 +13,8 @@ from fastkd.models.pixels import normalize, statistics_of
 class Method(nn.Module):
     """A student and what trains it.
 
-    `forward(images, target=None)` returns a dict of scalars: those named in `losses`, the one to minimise first.
+    `forward(images, target)` returns a dict of scalars: those named in `losses`, the one to minimise first. A method
+    that needs no labels is called as ``forward(images, keys)``, with a number per image that fixes its random masks.
     `parameters()` and `state_dict()` hold the student and what is trained or averaged along with it (projectors, a mean
     teacher), never a frozen teacher. So a method can be wrapped, compiled and saved like any module.
 

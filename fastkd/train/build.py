@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastkd import _native
 from fastkd.data import ImageLoader, PackedImages, open_images
@@ -18,7 +19,7 @@ from fastkd.models.mae import SIZES
 from fastkd.models.quantized import why_not_fast
 
 from . import checkpoint
-from .config import ConfigError, DistillConfig, problem
+from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes
 from .optimizer import adamw
 
@@ -139,7 +140,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if _native.cpu_features() & {"avx512_bf16", "amx_bf16"} else "off"
 
 
-def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, method: nn.Module, capturable: bool) -> torch.optim.Optimizer:
     """The optimiser of a run; ConfigError where its package is missing or cannot run on this device."""
     device = next(method.parameters()).device
     if config.optimizer == "apex" and device.type != "cuda":
@@ -150,7 +151,7 @@ def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> to
         raise ConfigError([f"--optimizer apex: {error}"]) from error
 
 
-def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, DistillConfig]:
+def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader, RunConfig]:
     """The training images, and the config with length and learning rate in numbers."""
     try:
         folder = open_images(config.data)
@@ -172,7 +173,7 @@ def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, 
             rank=group.rank,
             world_size=group.world_size,
             device=group.device,
-            masks_per_image=config.masks_per_image,
+            masks_per_image=getattr(config, "masks_per_image", 1),
             scale=config.scale,
         )
     except (ValueError, ImportError) as error:
