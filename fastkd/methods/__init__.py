@@ -9,7 +9,14 @@ __all__ = [
     "KD",
     "MaskAlign",
 ]
+from .scalekd import ScaleKD
 from .self_distillation import FurtherPretrainer
 from .self_distillation_text import TextFurtherPretrainer
 
-__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
+__all__ = [
+    "DMAE",
+    "FurtherPretrainer",
+    "KD",
+    "ScaleKD",
+    "TextFurtherPretrainer",
+]
