@@ -2,12 +2,17 @@
 
 from .dmae import DMAE
 from .kd import KD
+from .promptkd import PromptedCLIP, PromptKD, PromptStudent, PromptTuning
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
 
 __all__ = [
     "DMAE",
     "KD",
+    "FurtherPretrainer",
+    "PromptKD",
+    "PromptStudent",
+    "PromptTuning",
+    "PromptedCLIP",
+    "TextFurtherPretrainer",
 ]
-from .self_distillation import FurtherPretrainer
-from .self_distillation_text import TextFurtherPretrainer
-
-__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
