@@ -77,6 +77,7 @@ SPEC = register(
                                 excluded=True),
             "nkd_scores": dict(batch=3, classes=21, nkd=(1.0, 3.5), temperature=3.0, ce=1.0, scores=True,
                                label_smoothing=0.1, weight=True),
+            "long": dict(batch=2, classes=8200, jsd=1.0, kl=0.5, ce=0.1, temperature=2.0, ignore=True),
             "two_classes": dict(batch=5, classes=2, ce=1.0, kl=0.5, dkd=(1.0, 2.0), nkd=(1.0, 1.5), jsd=1.0,
                                 reduction="sum"),
         },
