@@ -1,6 +1,7 @@
 """Any classifier from any other: the loss of a step, taps, and runs of `fastkd distill --method kd`."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from test_train import at_step, python
 from torch import nn
 
 from fastkd import nn as criteria
@@ -145,29 +147,14 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_makes_a_teacher_that_teaches_and_resumes(options, tmp_path):
+def test_a_run_makes_a_teacher_that_teaches_and_resumes(options, tmp_path, monkeypatch):
     teacher = distill(KDConfig(teacher="none", out=tmp_path / "teacher", steps=12, **options))
     assert rows(teacher.run)[-1]["val_accuracy"] == 1.0
     # A run stopped in the middle goes on to the same weights.
     settings = dict(teacher=str(teacher.run), loss="dkd", options={"beta": 2.0}, steps=6, **options)
     whole = distill(KDConfig(out=tmp_path / "whole", **settings))
-    from fastkd.train import loop
-
-    class Stop(loop.Interrupt):
-        """Pressed after three steps."""
-
-        @property
-        def pressed(self):
-            self.count = getattr(self, "count", -1) + 1
-            return self.count >= 3
-
-        @pressed.setter
-        def pressed(self, value):
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Interrupt", Stop)
-        part = distill(KDConfig(out=tmp_path / "part", **settings))
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    part = distill(KDConfig(out=tmp_path / "part", **settings))
     assert (part.step, part.finished) == (3, False)
     again = distill(KDConfig(out=tmp_path / "part", **settings))
     a, b = (load_file(run.exported) for run in (whole, again))
@@ -191,9 +178,27 @@ def test_config_errors(options, tmp_path, changes, message):
     own = tmp_path / "own.pth"
     torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), own)
     if "teacher_checkpoint" in changes:
-        changes = {**changes, "teacher_checkpoint": own if changes["teacher_checkpoint"] == "own" else own.with_stem("nowhere").relative_to(tmp_path)}  # noqa: E501
+        changes = {
+            **changes,
+            "teacher_checkpoint": own
+            if changes["teacher_checkpoint"] == "own"
+            else own.with_stem("nowhere").relative_to(tmp_path),
+        }  # noqa: E501
     with pytest.raises(ConfigError, match=message):
         distill(KDConfig(**{"teacher": "none", "out": tmp_path / "run", **options, **changes}))
+
+
+def test_two_processes_on_the_command_line_equal_one_with_the_double_batch(options, tmp_path):
+    options |= dict(student="test_vit", teacher="none", steps=3, log_every=1)
+    distill(KDConfig(out=tmp_path / "one", **options))
+    command = [f"--{name.replace('_', '-')}" for name in options]
+    values = [value if isinstance(value, tuple) else (value,) for value in {**options, "batch_size": 2}.values()]
+    arguments = [text for name, value in zip(command, values) for text in (name, *value)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = python(*torchrun, "-m", "fastkd", "distill", "--method", "kd", "--out", tmp_path / "two", *arguments)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 def test_images_without_classes_are_refused(options, tmp_path):
