@@ -7,8 +7,10 @@ from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
 from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
 from .ops.features.upsample_cross_entropy import MaskedConsistencyLoss
+from .ops.logits.class_vectors import ClassVectorKDLoss
 from .ops.logits.cosine import LogitCosineLoss
 from .ops.logits.dist import DISTLoss
+from .ops.logits.linear_losses import LinearCrossEntropyLoss, LinearJSDLoss, LinearKLLoss
 from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
 from .ops.logits.standardise import StandardizedKDLoss
 from .ops.logits.uskd import USKDLoss
@@ -18,13 +20,6 @@ from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
 __all__ = [
     "BlockMask",
-    "FeatureAlignmentLoss",
-    "LinearPixelLoss",
-    "MaskedConsistencyLoss",
-    "MaskedPixelLoss",
-]
-
-__all__ = [
     "CLSDistillationLoss",
     "ClassVectorKDLoss",
     "CrossAttentionProjector",

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from test_train import at_step
 from tiny_run import write_models, write_pictures
 
+from fastkd.models import load_vit
 from fastkd.train import ConfigError, distill
+from fastkd.train.recipes.maskalign import MaskAlignConfig
+from fastkd.train.recipes.mic import MICConfig
 from fastkd.train.recipes.selfdist import SelfDistillationConfig
 
 
@@ -60,3 +63,38 @@ def test_wrong_arguments_of_self_distillation(options, tmp_path, changes, messag
     options |= dict(student=str(tmp_path / "student.safetensors"), out=tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         distill(SelfDistillationConfig(**{**options, **changes}))
+
+
+def test_maskalign(options, tmp_path, monkeypatch):
+    def config(name):
+        models = dict(student=str(tmp_path / "student.safetensors"), teacher=str(tmp_path / "teacher.safetensors"))
+        return MaskAlignConfig(out=tmp_path / name, fusion="sum", layer_weights="top2", **models, **options)
+
+    whole = assert_resumes(config, monkeypatch)
+    losses = [row["val_loss"] for row in metrics(whole.run) if "val_loss" in row]
+    assert losses[-1] < losses[0]
+    assert load_vit(whole.exported).embed_dim == 16
+
+
+def test_maskalign_by_name(options, tmp_path):
+    options |= dict(steps=1, img_size=16, teacher=str(tmp_path / "teacher.safetensors"), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="fusion"):  # 12 student layers, 4 of the teacher
+        distill(MaskAlignConfig(student="vit_tiny_patch4", **options))
+    with pytest.raises(ConfigError, match="--student: got 'vit_giant_patch4'"):
+        distill(MaskAlignConfig(student="vit_giant_patch4", **options))
+    assert distill(MaskAlignConfig(student="vit_tiny_patch4", fusion="sum", layer_weights="out", **options)).finished
+
+
+def test_mic(options, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    other = write_pictures(tmp_path / "other", count=6)
+
+    def config(name):
+        extra = dict(student="test_resnet", img_size=32, block_size=8, target=other, scale=(0.9, 1.0))
+        return MICConfig(out=tmp_path / name, **extra, **options)
+
+    rows = metrics(assert_resumes(config, monkeypatch).run)
+    first = next(row for row in rows if "consistency_loss" in row)
+    assert first["consistency_loss"] > 0 and 0 < first["confidence"] <= 1
+    with pytest.raises(ConfigError, match="--target: got .*nowhere, expected an existing folder"):
+        distill(MICConfig(student="test_resnet", target=tmp_path / "nowhere", out=tmp_path / "x", **options))

@@ -22,6 +22,7 @@ class Method(nn.Module):
         student: the network that is exported.
         losses: names of the scalars in the result of `forward`, "loss" first.
         needs_target: whether `forward` needs labels.
+        reads: fields of a `fastkd.data.Batch` that `forward` is called with.
         mean, std: pixel statistics of the student, in units where white is 1.
     """
 
@@ -35,6 +36,10 @@ class Method(nn.Module):
         self.student = student
         own = statistics_of(student)
         self.mean, self.std = tuple(mean or own[0]), tuple(std or own[1])
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("images", "labels" if self.needs_target else "keys")
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images for the student: uint8 [B, H, W, C] are normalised; floating [B, C, H, W] come normalised."""

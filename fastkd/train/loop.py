@@ -89,7 +89,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
         model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
-        labelled=method.needs_target, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
+        reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
     )  # fmt: skip
     held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:
