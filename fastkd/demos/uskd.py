@@ -27,11 +27,11 @@ CHOSEN: dict[str, dict[str, float]] = {
     LOG: dict(lr=1e-2, alpha=0.1, beta=0.1, mu=0.1),
     PROB: dict(lr=1e-2, alpha=0.1, beta=0.1, mu=0.1),
 }
-RATES = (2e-2, 4e-2)
-WEIGHTS = ((1.0, 0.1, 0.005), (0.1, 0.1, 0.1), (0.1, 0.03, 0.1))
+RATES = (1e-2, 3e-2)
+WEIGHTS = ((1.0, 0.1, 0.005), (0.1, 0.1, 0.1))
 CANDIDATES: dict[str, list[dict[str, float]]] = {
-    CE: [dict(lr=lr) for lr in (1e-2, 2e-2, 4e-2, 8e-2)],
-    SMOOTH: [dict(lr=lr, label_smoothing=s) for lr in RATES for s in (0.1, 0.2, 0.3)],
+    CE: [dict(lr=lr) for lr in (5e-3, 1e-2, 2e-2, 3e-2)],
+    SMOOTH: [dict(lr=lr, label_smoothing=s) for lr in RATES for s in (0.1, 0.3)],
     LOG: [dict(lr=lr, alpha=a, beta=b, mu=m) for lr in RATES for a, b, m in WEIGHTS],
     PROB: [dict(lr=lr, alpha=a, beta=b, mu=m) for lr in RATES for a, b, m in WEIGHTS],
 }
@@ -45,7 +45,7 @@ class Config(CompareConfig):
     """Folder for rows and tables; finished rows of the same settings are kept, so that a run can be continued."""
     pictures: int = 1000
     """Labelled training pictures, at most 6,000, as many of each class."""
-    steps: int = 300
+    steps: int = 200
     """Steps of 64 pictures."""
 
 
