@@ -75,9 +75,7 @@ def main(config: Config) -> int:
         config.steps, config.teacher_steps = 3, 2
     study = Study(config)
     if config.tune:
-        return tune(
-            "maskalign", CANDIDATES, lambda arm, setting, seed: study.run(arm, setting, seed)["linear"], config
-        )
+        return tune("maskalign", CANDIDATES, lambda arm, setting, seed: study.run(arm, setting, seed)["linear"], config)
     arms = [Arm(name, functools.partial(study.run, name, setting)) for name, setting in CHOSEN.items()]
     arms.append(Arm("teacher", lambda seed: study.teacher_scores, "one for all seeds, trained with labels"))
     settings = {name: getattr(config, name) for name in ("steps", "batch_size", "teacher_steps")}
