@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-MASKED = "fastkd/ops/masked"
-FEATURES = "fastkd/ops/features"
-
-
-class Mutant(NamedTuple):
-    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest.
-
-    `cpu`: the CPU variant that must run, where the file is compiled in one alone.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    cpu: str = ""
+from .kinds import FEATURES, MASKED, Mutant, accuracy
+from .method_mutants import METHODS
 
 
 def golden(what: str, backend: str = "") -> tuple[str, ...]:
@@ -34,37 +18,11 @@ def unpinned(what: str) -> tuple[str, ...]:
     return ("test_unpinned.py", "-k", what)
 
 
-def linear(what: str, backend: str) -> tuple[str, ...]:
-    return ("test_golden_linear.py", "-k", f"{what} and {backend}")
-
-
-def accuracy(op: str, backend: str) -> tuple[str, ...]:
-    return ("test_ops.py", "-k", f"test_accuracy and {op} and {backend}")
-
-
 PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_masking"
 LINEAR_PIXEL = "linear_pixel_loss"
 EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
 
-LOGITS = "fastkd/ops/logits"
-
 PYTHON = [
-    Mutant("class vectors: the floor is added to the norm", f"{LOGITS}/class_vectors.py",
-           "factor / norms.clamp_min(NORM_FLOOR)[:, None], out=grad_x", "factor / (norms + 1e-3)[:, None], out=grad_x",
-           linear("class_vector", "reference")),
-    Mutant("class vectors: no way back through the norm", f"{LOGITS}/class_vectors.py",
-           "torch.mul(grad - unit * along,", "torch.mul(grad,", linear("class_vector", "reference")),
-    Mutant("linear head: chunks overwrite the gradient of the weight", f"{LOGITS}/linear_products.py",
-           "torch.addmm(out, grad, x, out=out)", "_product(grad, x, out)", linear("linear_cross", "reference")),
-    Mutant("linear head: ignored rows count in the mean", f"{LOGITS}/linear_loss.py",
-           "(target != ignore_index).sum().clamp_min(1)", "len(rows)", linear("linear_jsd", "reference")),
-    Mutant("linear head: the slope of the cap is left out", f"{LOGITS}/linear_loss.py",
-           "grad.mul_(z.div_(options.cap).square_().neg_().add_(1))", "pass",
-           ("test_linear_losses.py", "-k", "scale_and_cap and reference")),
-    Mutant("linear head: beta counts the student", f"{LOGITS}/linear_loss.py", '{0.0: "kl", 1.0: "reverse_kl"}',
-           '{1.0: "kl", 0.0: "reverse_kl"}', linear("linear_jsd", "reference")),
-    Mutant("top-k teacher: the tail has no slope", f"{LOGITS}/linear_topk.py", "mass - slope * (1 - mine)", "mass",
-           linear("topk and tail", "reference")),
     Mutant("packed crops forget the flip's draw", "fastkd/data/crops.py", "flips.append(random.random() < self.flip)",
            "flips.append(False)", ("test_pack.py", "-k", "those_of_the_folder")),
     Mutant("several masks: the same key for all", "fastkd/data/loader.py",
@@ -152,22 +110,9 @@ PYTHON = [
            ("test_teacher_precision.py", "-k", "features_are_close")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
            "return lr * (epoch + 1) / warmup_epochs", ("test_golden_models.py", "-k", "lr_schedule")),
-    Mutant("self-distillation: the class token sees its neighbour alone", "fastkd/models/vit.py",
-           "self.attn.cross(head(h, 1).contiguous(), h)", "self.attn.cross(head(h, 1).contiguous(), head(h, 2))",
-           ("test_self_distillation.py", "-k", "encode_is_the_full_forward and plain")),
-    Mutant("self-distillation: mean over channels", f"{FEATURES}/cls_distillation.py",
-           "return student.shape[-1] * feature_alignment_loss", "return feature_alignment_loss",
-           ("test_golden_sdfp.py", "-k", "distill_loss and reference")),
-    Mutant("self-distillation: cached tokens one place off", "fastkd/methods/self_distillation.py",
-           "[prefix, ids + prefix.shape[1]]", "[prefix, ids]", ("test_self_distillation.py", "-k", "all-cache")),
-    Mutant("self-distillation: padding is masked", "fastkd/methods/self_distillation_text.py",
-           "(noise[0] < mask_ratio) & maskable", "noise[0] < mask_ratio",
-           ("test_self_distillation.py", "-k", "masked_as_bert")),
 ]  # fmt: skip
 
 TRITON = [
-    Mutant("triton unit rows: no way back through the norm", f"{LOGITS}/class_vectors_triton.py",
-           "(g - u * along)", "g", accuracy("class_vector_kd", "triton")),
     Mutant("triton crop: sums are cut before they are shifted", "fastkd/ops/images/resized_crop_triton.py",
            "tl.minimum(tl.maximum(sums >> _PLACES, 0), 255)", "tl.minimum(tl.maximum(sums, 0) >> _PLACES, 254)",
            ("test_resized_crop.py", "-k", "order_of_the_axes and triton")),
@@ -208,13 +153,6 @@ TRITON = [
 ]  # fmt: skip
 
 NATIVE = [
-    Mutant("C++ unit rows: the gradient's projection keeps the scale", "csrc/class_vectors.cpp",
-           "along / A(scale * scale)", "along / A(scale)", accuracy("class_vector_kd", "cpp")),
-    Mutant("C++ linear head: the bias is not scaled", "csrc/linear_loss.cpp",
-           "_mm512_mul_ps(by, _mm512_maskz_loadu_ps(valid, bias + half))", "_mm512_maskz_loadu_ps(valid, bias + half)",
-           accuracy("linear_cross_entropy", "cpp"), "amx"),
-    Mutant("C++ top-k rows: the last classes are left out of the sum", "csrc/linear_loss.cpp",
-           "for (int64_t i = whole; i < n; ++i) total += std::exp(x[i] - most);", "", linear("topk", "cpp")),
     Mutant("C++ masking: ties the other way", f"csrc/{MASKING}.cpp", "(j < i));", "(j > i));",
            unpinned("ties and cpp")),
     Mutant("C++ masks from keys: nine rounds", "csrc/philox.h", "round < 10", "round < 9",
@@ -287,6 +225,6 @@ CUDA = [  # the emulation compiles them for the CPU
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE + CUDA
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")
