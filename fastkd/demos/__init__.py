@@ -31,6 +31,7 @@ DEMOS = {
     "maskalign": Demo(
         "MaskAlign, DMAE and plain MAE of a small student from one teacher with labels, on Fashion-MNIST",
         "5 minutes",
+    ),
     "promptkd": Demo(
         "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
         "7 minutes",
