@@ -13,6 +13,8 @@ from fastkd.models import load_vit
 from fastkd.train import ConfigError, distill
 from fastkd.train.recipes.maskalign import MaskAlignConfig
 from fastkd.train.recipes.mic import MICConfig
+from fastkd.train.recipes.nkd import NKDConfig, USKDConfig
+from fastkd.train.recipes.scalekd import ScaleKDConfig
 from fastkd.train.recipes.selfdist import SelfDistillationConfig
 
 
@@ -98,3 +100,36 @@ def test_mic(options, tmp_path, monkeypatch):
     assert first["consistency_loss"] > 0 and 0 < first["confidence"] <= 1
     with pytest.raises(ConfigError, match="--target: got .*nowhere, expected an existing folder"):
         distill(MICConfig(student="test_resnet", target=tmp_path / "nowhere", out=tmp_path / "x", **options))
+
+
+@pytest.fixture
+def classifiers(options, tmp_path):
+    """Options of a run of classifiers, and a teacher."""
+    timm = pytest.importorskip("timm")
+    weights = tmp_path / "teacher.pth"
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_vit", num_classes=2, img_size=32).state_dict(), weights)
+    return options | dict(student="test_resnet", img_size=32, scale=(0.9, 1.0)), weights
+
+
+def test_nkd_and_scalekd(classifiers, tmp_path, monkeypatch):
+    options, weights = classifiers
+    for kind in (NKDConfig, ScaleKDConfig):
+
+        def config(name, kind=kind):
+            out = tmp_path / f"{name}{kind.__name__}"
+            return kind(teacher="test_vit", teacher_checkpoint=weights, out=out, **options)
+
+        run = assert_resumes(config, monkeypatch)
+        assert "val_accuracy" in metrics(run.run)[-1]
+    with pytest.raises(ConfigError, match="--teacher: got none, expected a teacher; --method uskd needs none"):
+        distill(NKDConfig(teacher="none", out=tmp_path / "x", **options))
+    with pytest.raises(ConfigError, match="--teacher: got none, expected a Swin, ViT or BEiT"):
+        distill(ScaleKDConfig(teacher="none", out=tmp_path / "x", **options))
+
+
+def test_uskd(classifiers, tmp_path, monkeypatch):
+    options, _ = classifiers
+    assert_resumes(lambda name: USKDConfig(out=tmp_path / name, tap="layer2", **options), monkeypatch)
+    with pytest.raises(ConfigError, match="got 'layer9', expected a submodule"):
+        distill(USKDConfig(out=tmp_path / "x", tap="layer9", **options))
