@@ -12,6 +12,7 @@
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
+#include "dist_loss.cpp"
 #include "dual_view.cpp"
 #include "feature_alignment.cpp"
 #include "attention.cpp"
@@ -26,6 +27,7 @@
 #include "linear_loss.cpp"
 #include "linear_pixel_loss.cpp"
 #include "logit_loss.cpp"
+#include "logit_standardization.cpp"
 #include "mlp.cpp"
 #include "pseudo_label.cpp"
 #include "residual_layer_norm.cpp"
@@ -121,6 +123,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
   m.def("resized_crop(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flip, int[] max_box, "
         "Tensor(a!) out) -> ()");
+  m.def("dist_loss(Tensor student, Tensor teacher, float beta, float gamma, float temperature, float eps, "
+        "Tensor(a!) grad_student, Tensor(b!) grad_teacher, Tensor(c!) loss) -> ()");
+  m.def("logit_standardization(Tensor x, float eps, Tensor(a!) y) -> ()");
+  m.def("logit_standardization_backward(Tensor grad_y, Tensor x, float eps, Tensor(a!) grad_x) -> ()");
   m.def("uskd_loss_rows(Tensor student, Tensor weak, Tensor target, int ignore_index, Tensor(a!) stats) -> ()");
   m.def("uskd_loss(Tensor student, Tensor weak, Tensor target, Tensor stats, Tensor sums, Tensor means, float alpha, "
         "float beta, float mu, float ce_weight, int rank_score, Tensor(a!) grad_student, Tensor(b!) grad_weak, "
@@ -178,6 +184,9 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
   m.impl("resized_crop", TORCH_BOX(&resized_crop));
+  m.impl("dist_loss", TORCH_BOX(&dist_loss));
+  m.impl("logit_standardization", TORCH_BOX(&logit_standardization));
+  m.impl("logit_standardization_backward", TORCH_BOX(&logit_standardization_backward));
   m.impl("uskd_loss_rows", TORCH_BOX(&uskd_loss_rows));
   m.impl("uskd_loss", TORCH_BOX(&uskd_loss));
 #endif

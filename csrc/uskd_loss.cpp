@@ -11,9 +11,11 @@ namespace fastkd {
 namespace {
 
 constexpr const char* kUskdOp = "uskd_loss";
-constexpr double kUskdSmoothing = 0.1, kUskdRankEps = 1e-6, kMinusInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kUskdSmoothing = 0.1, kUskdRankEps = 1e-6, kUskdNothing = -std::numeric_limits<double>::infinity();
 // Columns of the first pass, in the order of COLUMNS in uskd.py; "rest" is without targets.
-enum UskdColumn { kValid, kSquare, kLabel = 3, kValue = 5, kStudent = 7, kWeak = 11, kUskdColumns = 15 };
+enum UskdColumn {
+  kUskdValid, kUskdSquare, kUskdLabel = 3, kUskdValue = 5, kUskdStudent = 7, kUskdWeak = 11, kUskdColumns = 15
+};
 
 // Rows of a [N, C] tensor of any floating dtype and strides as double, padded to whole vectors with -inf.
 class UskdRows {
@@ -31,7 +33,7 @@ class UskdRows {
         for (int64_t i = 0; i < width_; ++i) out[i] = static_cast<double>(x[i * sc_]);
       }
     });
-    for (int64_t i = width_; i < round_up(width_, Simd<double>::lanes); ++i) out[i] = kMinusInfinity;
+    for (int64_t i = width_; i < round_up(width_, Simd<double>::lanes); ++i) out[i] = kUskdNothing;
   }
 
   // The row of a contiguous output; `narrow` is scratch of a row.
@@ -61,7 +63,8 @@ struct UskdTargets {
   bool removed(int k) const { return value[k] > 0; }
 };
 
-UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int64_t ignore_index, const double* scores) {
+UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int64_t ignore_index,
+                         const double* scores) {
   UskdTargets found;
   if (!scores) {
     const int64_t label = data<int64_t>(target)[row * target.stride(0)];
@@ -72,7 +75,8 @@ UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int
   }
   found.label[0] = std::max_element(scores, scores + classes) - scores;  // the first of equals
   const int64_t l = found.label[0];
-  const double *before = std::max_element(scores, scores + l), *after = std::max_element(scores + l + 1, scores + classes);
+  const double *before = std::max_element(scores, scores + l);
+  const double *after = std::max_element(scores + l + 1, scores + classes);
   const bool is_before = l > 0 && (l + 1 == classes || *before >= *after);
   found.label[1] = (is_before ? before : after) - scores;
   for (int k = 0; k < 2; ++k) found.value[k] = scores[found.label[k]];
@@ -84,10 +88,10 @@ UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int
 template <class A>
 void uskd_log_sums(double* x, int64_t padded, const UskdTargets& targets, A* out) {
   using S = Simd<double>;
-  double taken[2] = {kMinusInfinity, kMinusInfinity};
+  double taken[2] = {kUskdNothing, kUskdNothing};
   for (int k = 0; k < 2; ++k)
     if (targets.removed(k)) std::swap(taken[k], x[targets.label[k]]);
-  double rest = kMinusInfinity;
+  double rest = kUskdNothing;
 #pragma omp simd reduction(max : rest)
   for (int64_t i = 0; i < padded; ++i) rest = std::max(rest, x[i]);
   S::type sums{};
@@ -123,7 +127,8 @@ struct UskdSide {
   // out = softmax without targets, 0 at these.
   void rest_softmax(const double* x, int64_t padded, const UskdTargets& targets, double* out) const {
     using S = Simd<double>;
-    for (int64_t i = 0; i < padded; i += S::lanes) S::store(out + i, exp_double((S::load(x + i) - rest_max_) - rest_sum_));
+    for (int64_t i = 0; i < padded; i += S::lanes)
+      S::store(out + i, exp_double((S::load(x + i) - rest_max_) - rest_sum_));
     for (int k = 0; k < 2; ++k)
       if (targets.removed(k)) out[targets.label[k]] = 0;
   }
@@ -154,18 +159,18 @@ void uskd_loss_rows(const Tensor& student, const Tensor& weak, const Tensor& tar
         double z[2] = {};
         for (int k = 0; k < 2; ++k)
           if (targets.label[k] >= 0) z[k] = x[targets.label[k]];
-        uskd_log_sums(x.data(), padded, targets, line + kStudent);
-        const double max = line[kStudent], sum = line[kStudent + 1];
-        line[kValid] = targets.valid;
+        uskd_log_sums(x.data(), padded, targets, line + kUskdStudent);
+        const double max = line[kUskdStudent], sum = line[kUskdStudent + 1];
+        line[kUskdValid] = targets.valid;
         for (int k = 0; k < 2; ++k) {
           const bool there = targets.valid && targets.label[k] >= 0;
-          line[kSquare + k] = there ? std::exp(2 * (z[k] - max - sum)) : 0;
-          line[kLabel + k] = targets.label[k];
-          line[kValue + k] = targets.value[k];
+          line[kUskdSquare + k] = there ? std::exp(2 * (z[k] - max - sum)) : 0;
+          line[kUskdLabel + k] = targets.label[k];
+          line[kUskdValue + k] = targets.value[k];
         }
-        if (!targets.known) line[kSquare] = std::numeric_limits<A>::quiet_NaN();
+        if (!targets.known) line[kUskdSquare] = std::numeric_limits<A>::quiet_NaN();
         UskdRows(weak).read(row, x.data());
-        uskd_log_sums(x.data(), padded, targets, line + kWeak);
+        uskd_log_sums(x.data(), padded, targets, line + kUskdWeak);
       }
     });
   });
@@ -193,16 +198,17 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
       Ranked ranked(classes);
       for (int64_t row = begin; row < end; ++row) {
         const A* line = lines + row * kUskdColumns;
-        if (line[kValid] == 0) {
+        if (line[kUskdValid] == 0) {
           std::fill_n(z, classes, 0.0);
-          if (with_grad) UskdRows(grad_student).write(row, z, narrow.data()), UskdRows(grad_weak).write(row, z, narrow.data());
+          for (const Tensor* grad : {&grad_student, &grad_weak})
+            if (with_grad) UskdRows(*grad).write(row, z, narrow.data());
           continue;
         }
         UskdTargets targets;
         double p[2] = {}, p_sum = 0, score_sum = 1;
         for (int k = 0; k < 2; ++k) {
-          targets.label[k] = static_cast<int64_t>(line[kLabel + k]), targets.value[k] = line[kValue + k];
-          if (targets.removed(k)) p[k] = line[kSquare + k] + targets.value[k] - mean[k], p_sum += p[k];
+          targets.label[k] = static_cast<int64_t>(line[kUskdLabel + k]), targets.value[k] = line[kUskdValue + k];
+          if (targets.removed(k)) p[k] = line[kUskdSquare + k] + targets.value[k] - mean[k], p_sum += p[k];
         }
         UskdRows(student).read(row, z);
         UskdRows(weak).read(row, u);
@@ -213,7 +219,7 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
           std::fill_n(y, classes, 0.0);
           y[targets.label[0]] = 1;
         }
-        const UskdSide of_z(line + kStudent), of_u(line + kWeak);
+        const UskdSide of_z(line + kUskdStudent), of_u(line + kUskdWeak);
         of_z.rest_softmax(z, padded, targets, rest);
         std::fill_n(w, padded, 0.0);
         of_u.add_softmax(u, padded, 1, w);
