@@ -7,18 +7,6 @@ from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
 from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
 from .ops.features.upsample_cross_entropy import MaskedConsistencyLoss
-from .ops.logits.cosine import LogitCosineLoss
-from .ops.logits.dist import DISTLoss
-from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
-from .ops.logits.standardise import StandardizedKDLoss
-from .ops.logits.uskd import USKDLoss
-from .ops.masked.block_mask import BlockMask
-from .ops.masked.linear_pixel_loss import LinearPixelLoss
-from .ops.masked.masked_pixel_loss import MaskedPixelLoss
-
-__all__ = [
-    "BlockMask",
-from .ops.features.upsample_cross_entropy import MaskedConsistencyLoss
 from .ops.logits.class_vectors import ClassVectorKDLoss
 from .ops.logits.cosine import LogitCosineLoss
 from .ops.logits.dist import DISTLoss
@@ -30,10 +18,8 @@ from .ops.masked.block_mask import BlockMask
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["BlockMask", "FeatureAlignmentLoss", "LinearPixelLoss", "MaskedConsistencyLoss", "MaskedPixelLoss"]
-from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
-
 __all__ = [
+    "BlockMask",
     "CLSDistillationLoss",
     "ClassVectorKDLoss",
     "CrossAttentionProjector",

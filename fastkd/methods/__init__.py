@@ -2,12 +2,12 @@
 
 from .dmae import DMAE
 from .kd import KD
-
-__all__ = [
-    "DMAE",
-    "KD",
-]
 from .self_distillation import FurtherPretrainer
 from .self_distillation_text import TextFurtherPretrainer
 
-__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
+__all__ = [
+    "DMAE",
+    "FurtherPretrainer",
+    "KD",
+    "TextFurtherPretrainer",
+]
