@@ -2,6 +2,9 @@
 
 from .dmae import DMAE
 from .kd import KD
+from .maskalign import MaskAlign
+from .promptkd import PromptedCLIP, PromptKD, PromptStudent, PromptTuning
+from .scalekd import ScaleKD
 from .self_distillation import FurtherPretrainer
 from .self_distillation_text import TextFurtherPretrainer
 
@@ -9,5 +12,11 @@ __all__ = [
     "DMAE",
     "FurtherPretrainer",
     "KD",
+    "MaskAlign",
+    "PromptKD",
+    "PromptStudent",
+    "PromptTuning",
+    "PromptedCLIP",
+    "ScaleKD",
     "TextFurtherPretrainer",
 ]
