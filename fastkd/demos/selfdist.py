@@ -37,20 +37,20 @@ NONE, PLAIN, LONGER, SELF, SCRATCH = (
 # Chosen by --tune.
 CHOSEN: dict[str, dict[str, float]] = {
     SCRATCH: dict(fine_tuning_lr=1e-3),
-    PLAIN: dict(lr=5e-4),
+    PLAIN: dict(lr=2.5e-4),
     NONE: dict(fine_tuning_lr=1e-3),
-    LONGER: dict(lr=5e-4),
-    SELF: dict(lr=5e-4, weight=1.0),
+    LONGER: dict(lr=2.5e-4),
+    SELF: dict(lr=2.5e-4, weight=1.0),
 }
 CANDIDATES: dict[str, list[dict[str, float]]] = {
     SCRATCH: [dict(fine_tuning_lr=1e-3), dict(fine_tuning_lr=3e-3)],
     NONE: [dict(fine_tuning_lr=3e-4), dict(fine_tuning_lr=1e-3), dict(fine_tuning_lr=3e-3)],
-    PLAIN: [dict(lr=2.5e-4), dict(lr=5e-4), dict(lr=1e-3)],
-    LONGER: [dict(lr=2.5e-4), dict(lr=5e-4), dict(lr=1e-3)],
+    PLAIN: [dict(lr=2.5e-4), dict(lr=5e-4), dict(lr=1e-3), dict(lr=1e-4)],
+    LONGER: [dict(lr=2.5e-4), dict(lr=5e-4), dict(lr=1e-3), dict(lr=1e-4)],
     SELF: [
         dict(lr=2.5e-4, weight=1.0),
         dict(lr=5e-4, weight=1.0),
-        dict(lr=1e-3, weight=1.0),
+        dict(lr=2.5e-4, weight=0.1),
         dict(lr=5e-4, weight=0.1),
     ],
 }
