@@ -10,7 +10,7 @@ constexpr const char* kGatherOp = "gather_whiten_smooth_l1";
 
 // The orders of NORMS and LOSSES in fastkd/ops/features/gather_whiten.py.
 enum TeacherNorm : int { kWhiten, kUnitLength, kAsIs, kBatchWide };
-enum GatherLoss : int { kTwiceSmoothL1, kSquare, kAbsolute };
+enum GatherLoss : int { kTwiceSmoothL1, kSquared, kAbsolute };
 
 template <class A>
 class GatheredRows {
@@ -85,7 +85,7 @@ A gather_sum(int64_t kind, const A* d, int64_t n) {
       const A size = std::fabs(d[i]);
       sum += size < A(1) ? d[i] * d[i] : A(2) * size - A(1);
     }
-  } else if (kind == kSquare) {
+  } else if (kind == kSquared) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) sum += d[i] * d[i];
   } else {
@@ -100,7 +100,7 @@ void gather_gradient(int64_t kind, const A* d, int64_t n, A scale, A* out) {
   if (kind == kTwiceSmoothL1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * (d[i] > A(1) ? A(1) : d[i] < A(-1) ? A(-1) : d[i]);
-  } else if (kind == kSquare) {
+  } else if (kind == kSquared) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * d[i];
   } else {

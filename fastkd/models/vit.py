@@ -107,6 +107,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path = 0.0  # see `VisionTransformer.set_drop_path`
 
     def forward(self, x: Tensor, delta: Tensor | None = None, first_query: int = 0) -> tuple[Tensor, Tensor]:
         """One block on a residual stream whose last addition is still open.
@@ -138,8 +139,15 @@ class Block(nn.Module):
         return self._finish(x, self.attn.cross(h, layer_norm(self.norm1, context)[1]))
 
     def _finish(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        x, h = layer_norm(self.norm2, x, self.ls1(attention))
-        return x, self.ls2(self.mlp(h))
+        x, h = layer_norm(self.norm2, x, self._drop(self.ls1(attention)))
+        return x, self._drop(self.ls2(self.mlp(h)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): each image skips the branch at a rate; kept ones make up for it."""
+        if self.drop_path == 0 or not self.training:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 def tail(x: Tensor, first: int) -> Tensor:
@@ -245,6 +253,13 @@ class VisionTransformer(nn.Module):
     def _resize_positions(self, grid: tuple[int, int]) -> None:
         table = resize_table(self.pos_embed, self.grid, grid, self._embedded_prefix())
         self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in training, from 0 in the first block linearly to `rate` in the last one."""
+        if not 0 <= rate < 1:
+            raise ValueError(f"set_drop_path: rate: got {rate}, expected a number in [0, 1)")
+        for index, block in enumerate(self.blocks):
+            block.drop_path = rate * index / max(self.depth - 1, 1)
 
     def truncate(self, depth: int) -> None:
         """Keeps the first `depth` blocks only; the final norm goes with the others, since taps are raw outputs."""

@@ -24,7 +24,7 @@ def cls_attention_row(query: Tensor, key: Tensor, scale: float | None = None, *,
 
     Args:
         query: [B, H, d], the CLS token's query of each head.
-        key: [B, H, P + L, d], keys of all tokens, prefix tokens first; any strides.
+        key: [B, H, P + L, d] in the query's dtype, keys of all tokens, prefix tokens first; any strides.
         scale: of the scores, default 1 / sqrt(d).
         num_prefix: P; the softmax runs over all P + L tokens, the result leaves the prefix tokens out.
 
@@ -32,12 +32,13 @@ def cls_attention_row(query: Tensor, key: Tensor, scale: float | None = None, *,
         [B, L], float32 (float64 for float64 queries), without gradient; rows sum to at most 1.
     """
     _check.check_tensor("cls_attention_row", "query", query, 3)
-    _check.check_tensor("cls_attention_row", "key", key, 4)
+    _check.check_tensor("cls_attention_row", "key", key, 4, (query.dtype,))
     batch, heads, width = query.shape
     _check.check_shape("cls_attention_row", "key", key, (batch, heads, key.shape[2], width), "(B, H, P + L, d)")
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        scores = (key.to(wide) @ query.to(wide)[..., None]).squeeze(-1)
+        # In the dtype of the keys, as any attention in 16 bits makes scores: a wider copy of them would cost most.
+        scores = (key @ query[..., None]).squeeze(-1)
+        scores = scores.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
         attention = (scores * (1 / math.sqrt(width) if scale is None else scale)).softmax(-1)
         return attention[:, :, num_prefix:].mean(1)
 
