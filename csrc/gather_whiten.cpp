@@ -10,7 +10,7 @@ constexpr const char* kGatherOp = "gather_whiten_smooth_l1";
 
 // The orders of NORMS and LOSSES in fastkd/ops/features/gather_whiten.py.
 enum TeacherNorm : int { kWhiten, kUnitLength, kAsIs, kBatchWide };
-enum GatherLoss : int { kTwiceSmoothL1, kSquare, kAbsolute };
+enum GatherLoss : int { kTwiceSmoothL1, kSquared, kAbsolute };
 
 // Sum of term(i) over [0, n), in four running sums: a single one would wait for each of its additions.
 template <class A, class F>
@@ -83,7 +83,7 @@ class GatheredRows {
 
 template <class A>
 A gather_sum(int64_t kind, const A* d, int64_t n) {
-  if (kind == kSquare) return sum_terms<A>(n, [&](int64_t i) { return d[i] * d[i]; });
+  if (kind == kSquared) return sum_terms<A>(n, [&](int64_t i) { return d[i] * d[i]; });
   if (kind == kAbsolute) return sum_terms<A>(n, [&](int64_t i) { return std::fabs(d[i]); });
   return sum_terms<A>(n, [&](int64_t i) {
     const A size = std::fabs(d[i]);
@@ -96,7 +96,7 @@ void gather_gradient(int64_t kind, const A* d, int64_t n, A scale, A* out) {
   if (kind == kTwiceSmoothL1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * (d[i] > A(1) ? A(1) : d[i] < A(-1) ? A(-1) : d[i]);
-  } else if (kind == kSquare) {
+  } else if (kind == kSquared) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * d[i];
   } else {

@@ -30,6 +30,7 @@
 #include "pseudo_label.cpp"
 #include "residual_layer_norm.cpp"
 #include "resized_crop.cpp"
+#include "uskd_loss.cpp"
 #include "upsample_cross_entropy.cpp"
 #endif
 
@@ -120,6 +121,10 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
   m.def("resized_crop(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flip, int[] max_box, "
         "Tensor(a!) out) -> ()");
+  m.def("uskd_loss_rows(Tensor student, Tensor weak, Tensor target, int ignore_index, Tensor(a!) stats) -> ()");
+  m.def("uskd_loss(Tensor student, Tensor weak, Tensor target, Tensor stats, Tensor sums, Tensor means, float alpha, "
+        "float beta, float mu, float ce_weight, int rank_score, Tensor(a!) grad_student, Tensor(b!) grad_weak, "
+        "Tensor(c!) loss) -> ()");
 #endif
 }
 
@@ -173,6 +178,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
   m.impl("resized_crop", TORCH_BOX(&resized_crop));
+  m.impl("uskd_loss_rows", TORCH_BOX(&uskd_loss_rows));
+  m.impl("uskd_loss", TORCH_BOX(&uskd_loss));
 #endif
 }
 

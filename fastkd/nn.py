@@ -5,6 +5,7 @@ from .ops.features.cls_distillation import CLSDistillationLoss
 from .ops.features.dual_view import DualViewLoss
 from .ops.features.dynamic_alignment import DynamicAlignment
 from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
 from .ops.features.upsample_cross_entropy import MaskedConsistencyLoss
 from .ops.logits.class_vectors import ClassVectorKDLoss
 from .ops.logits.cosine import LogitCosineLoss
@@ -17,10 +18,8 @@ from .ops.masked.block_mask import BlockMask
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
-__all__ = ["BlockMask", "FeatureAlignmentLoss", "LinearPixelLoss", "MaskedConsistencyLoss", "MaskedPixelLoss"]
-from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
-
 __all__ = [
+    "BlockMask",
     "CLSDistillationLoss",
     "ClassVectorKDLoss",
     "CrossAttentionProjector",
@@ -38,6 +37,7 @@ __all__ = [
     "LinearPixelLoss",
     "LogitCosineLoss",
     "LogitLoss",
+    "MaskedConsistencyLoss",
     "MaskedPixelLoss",
     "NKDLoss",
     "ReverseKLLoss",

@@ -67,8 +67,9 @@ def test_each_student_of_a_pair_has_its_own_loss_and_gradient(features):
     torch.testing.assert_close(plain, dual_view_loss(student, teacher)[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(alt, dual_view_loss(other, teacher)[1], rtol=1e-6, atol=0)
     ours = gradient(2 * plain + 3 * alt, (student, other))
-    alone = gradient(2 * dual_view_loss(student, teacher)[0], student), gradient(
-        3 * dual_view_loss(other, teacher)[1], other
+    alone = (
+        gradient(2 * dual_view_loss(student, teacher)[0], student),
+        gradient(3 * dual_view_loss(other, teacher)[1], other),
     )
     for mine, (want,) in zip(ours, alone):
         close(mine, want, 1e-6)

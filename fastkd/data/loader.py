@@ -47,6 +47,7 @@ class Batch(NamedTuple):
         indices: [B] int64, index of each image in the folder.
         failures: ((path, reason), ...) of the files that could not be read and were replaced.
         labels: [B] int64, class of each image, -1 for none; None until the loader has filled it in.
+        others: images of a second folder (`PairedLoader`), or None.
     """
 
     images: Tensor
@@ -54,11 +55,12 @@ class Batch(NamedTuple):
     indices: Tensor
     failures: tuple[tuple[str, str], ...]
     labels: Tensor | None = None
+    others: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What training reads, by name."""
-        named = dict(images=self.images, keys=self.keys, labels=self.labels)
+        named = dict(images=self.images, keys=self.keys, labels=self.labels, others=self.others)
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> Batch:

@@ -3,13 +3,20 @@
 from .dmae import DMAE
 from .kd import KD
 from .maskalign import MaskAlign
-
-__all__ = [
-    "DMAE",
-    "KD",
-    "MaskAlign",
-]
+from .promptkd import PromptedCLIP, PromptKD, PromptStudent, PromptTuning
+from .scalekd import ScaleKD
 from .self_distillation import FurtherPretrainer
 from .self_distillation_text import TextFurtherPretrainer
 
-__all__ = ["DMAE", "FurtherPretrainer", "TextFurtherPretrainer"]
+__all__ = [
+    "DMAE",
+    "FurtherPretrainer",
+    "KD",
+    "MaskAlign",
+    "PromptKD",
+    "PromptStudent",
+    "PromptTuning",
+    "PromptedCLIP",
+    "ScaleKD",
+    "TextFurtherPretrainer",
+]

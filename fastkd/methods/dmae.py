@@ -75,6 +75,7 @@ class DMAE(nn.Module):
 
     losses = ("loss", "pixel_loss", "align_loss")
     needs_target = False
+    reads = ("images", "keys")
 
     def __init__(
         self,

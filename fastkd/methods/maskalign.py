@@ -95,17 +95,14 @@ class MaskAlign(Method):
         self.student.norm.requires_grad_(False)
         self.student.set_drop_path(drop_path)
 
-    def forward(
-        self, images: Tensor, target: None = None, *, noise: Tensor | None = None, keys: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, keys: Tensor | None = None, *, noise: Tensor | None = None) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
             images: uint8 [B, H, W, C], or floating [B, C, H, W] normalised with the student's mean and std.
-            target: not used.
-            noise: optional [B, L] numbers u in [0, 1) that fix the masks: as in `fastkd.ops.random_masking`, or, for
+            keys: optional [B] int64 that fix the masks, see `fastkd.ops.random_masking`.
+            noise: optional [B, L] numbers u in [0, 1) that fix them instead: as in `fastkd.ops.random_masking`, or, for
                 masks by attention, through the exponential draws -log(1 - u).
-            keys: optional [B] int64 that fix them instead, see `fastkd.ops.random_masking`.
 
         Returns:
             loss: float32 scalar; per_layer [layers used]: the layers' own losses, without gradient; mask [B, L], 1 =

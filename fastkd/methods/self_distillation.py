@@ -21,7 +21,6 @@ Exact savings (value and every gradient are those of the plain formula):
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +144,13 @@ class FurtherPretrainer(TwoPhases):
         self.mask_ratio, self.norm_pix_loss, self.tokens = mask_ratio, norm_pix_loss, tokens
 
     def forward(
-        self, images: Tensor, target: Any = None, *, noise: Tensor | None = None, index: Tensor | None = None
+        self, images: Tensor, keys: Tensor | None = None, *, noise: Tensor | None = None, index: Tensor | None = None
     ) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
             images: uint8 [B, H, W, C], or floating [B, C, H, W] normalised with the student's mean and std.
-            target: not used; no labels are.
-            noise: optional [B, L] that fixes the masks, see `fastkd.ops.random_masking`.
+            keys, noise: optional [B] int64 or [B, L] that fix the masks, see `fastkd.ops.random_masking`.
             index: [B] int64, the pictures' places in `teacher_cache`.
 
         Returns:
@@ -160,7 +158,7 @@ class FurtherPretrainer(TwoPhases):
         """
         student, distil = self.student, self.phase == "student"
         masking = ops.random_masking(
-            images.shape[0], student.num_patches, self.mask_ratio, noise=noise, device=images.device
+            images.shape[0], student.num_patches, self.mask_ratio, noise=noise, keys=keys, device=images.device
         )
         x = student.embed(images, masking.ids_shuffle if distil else masking.ids_keep)
         with record_function("fastkd.mae"):
@@ -175,11 +173,12 @@ class FurtherPretrainer(TwoPhases):
 
     def _reconstruct(self, images: Tensor, masking: Masking, tokens: Tensor) -> Tensor:
         student, pred = self.student, self.student.decoder_pred
-        if masking.ids_masked.shape[1] == 0:
+        ids_masked = masking.ids_shuffle[:, masking.ids_keep.shape[1] :]
+        if ids_masked.shape[1] == 0:
             raise ValueError("FurtherPretrainer: mask_ratio: got a ratio that masks no patch, expected a larger one")
         statistics = dict(mean=student.mean, std=student.std) if images.dtype == torch.uint8 else {}
         return ops.linear_pixel_loss(
-            student.decode_features(tokens, masking.ids_shuffle), pred.weight, pred.bias, images, masking.ids_masked,
+            student.decode_features(tokens, masking.ids_shuffle), pred.weight, pred.bias, images, ids_masked,
             student.patch_size, self.norm_pix_loss, **statistics,
         )  # fmt: skip
 

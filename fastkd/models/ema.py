@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fastkd.ops import ema_update_
+
 BUFFERS = ("keep", "copy", "ema")
 
 
@@ -116,4 +118,4 @@ def _average(pairs: list[tuple[Tensor, Tensor]], share: float) -> None:
     if copied:
         torch._foreach_copy_(*map(list, zip(*copied)))
     if averaged:
-        torch._foreach_lerp_(*map(list, zip(*averaged)), 1 - share)
+        ema_update_(*zip(*averaged), share)

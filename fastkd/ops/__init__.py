@@ -19,7 +19,7 @@ from .features.layer_mix import layer_mix
 from .features.pseudo_label import pseudo_label
 from .features.upsample_cross_entropy import masked_consistency_loss
 from .images.resized_crop import resized_crop
-from .logits import linear_specs  # noqa: F401
+from .logits import linear_specs as _linear_specs  # noqa: F401
 from .logits import spec as _logit_loss_spec  # noqa: F401
 from .logits.class_vectors import class_vector_kd
 from .logits.cosine import logit_cosine_loss

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from fastkd import _native
-from fastkd.data import ImageLoader, PackedImages, open_images
+from fastkd.data import ImageLoader, PackedImages, PairedLoader, open_images
 from fastkd.methods.dmae import DMAE
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, mae_vit
 from fastkd.models.mae import SIZES
 from fastkd.models.quantized import why_not_fast
+from fastkd.models.saving import encoder
 
 from . import checkpoint
 from .config import ConfigError, DistillConfig, RunConfig, problem
@@ -43,14 +44,11 @@ def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
             raise ValueError("got an encoder without decoder, expected a masked autoencoder")
         student.norm_pix_loss = config.norm_pix_loss
         return student
-    match = _NAME.fullmatch(config.student)
-    if not match or match[1] not in SIZES:
-        names = ", ".join(f"vit_{size}_patch16" for size in SIZES)
-        raise ValueError(f"got {config.student!r}, expected one of {names} (any patch size), or a checkpoint or run")
+    size, patch, img_size = _parse_name(config.student)
     return mae_vit(
-        match[1],
-        patch_size=int(match[2]),
-        img_size=config.img_size or int(match[3] or 224),
+        size,
+        patch_size=patch,
+        img_size=config.img_size or img_size,
         in_chans=config.in_chans,
         norm_pix_loss=config.norm_pix_loss,
         decoder=config.decoder,
@@ -58,6 +56,28 @@ def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
         decoder_embed_dim=config.decoder_embed_dim,
         decoder_num_heads=config.decoder_num_heads,
     )
+
+
+def build_encoder(config: RunConfig) -> VisionTransformer:
+    """A student without decoder: a new one by name, or the encoder of a checkpoint or run."""
+    if Path(config.student).expanduser().exists():
+        student = load_vit(weights_of(config.student), img_size=config.img_size)
+        return encoder(student) if isinstance(student, MaskedAutoencoderViT) else student
+    size, patch, img_size = _parse_name(config.student)
+    width = SIZES[size]
+    return VisionTransformer(
+        patch_size=patch, img_size=config.img_size or img_size, in_chans=config.in_chans,
+        **dict(zip(("embed_dim", "depth", "num_heads"), width)),
+    )  # fmt: skip
+
+
+def _parse_name(name: str) -> tuple[str, int, int]:
+    """(size, patch size, image size) of a name such as vit_tiny_patch16_224."""
+    match = _NAME.fullmatch(name)
+    if not match or match[1] not in SIZES:
+        names = ", ".join(f"vit_{size}_patch16" for size in SIZES)
+        raise ValueError(f"got {name!r}, expected one of {names} (any patch size), or a checkpoint or run")
+    return match[1], int(match[2]), int(match[3] or 224)
 
 
 def build_teacher(config: DistillConfig, img_size: tuple[int, int]) -> VisionTransformer | None:
@@ -151,19 +171,38 @@ def build_optimizer(config: RunConfig, method: nn.Module, capturable: bool) -> t
         raise ConfigError([f"--optimizer apex: {error}"]) from error
 
 
-def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader, RunConfig]:
+def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader | PairedLoader, RunConfig]:
     """The training images, and the config with length and learning rate in numbers."""
+    loader = _one_loader(config, "data", group)
+    if getattr(config, "target", None) is not None:
+        loader = PairedLoader(loader, _one_loader(config, "target", group))
+    steps_per_epoch = loader.batches_per_epoch / config.accumulate
+    steps = config.steps or max(1, math.floor(config.epochs * steps_per_epoch))
+    epochs = config.epochs if config.steps is None else steps / steps_per_epoch
+    return loader, dataclasses.replace(
+        config,
+        steps=steps,
+        epochs=epochs,
+        warmup_epochs=epochs / 5 if config.warmup_epochs is None else config.warmup_epochs,
+        lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
+        val_every=config.val_every or max(1, steps // 10),
+    )
+
+
+def _one_loader(config: RunConfig, argument: str, group: Processes) -> ImageLoader:
+    """The loader of the folder that an argument names; ConfigError where it cannot be read."""
+    source = getattr(config, argument)
     try:
-        folder = open_images(config.data)
+        folder = open_images(source)
     except (OSError, ValueError) as error:
-        raise ConfigError([f"--data: {error}"]) from error
+        raise ConfigError([f"--{argument}: {error}"]) from error
     packed = isinstance(folder, PackedImages)
     if packed != (config.loader == "packed") and config.loader != "auto":
         kind = "packed images (--loader auto or packed)" if packed else "image files (--loader auto, pil or dali)"
-        raise ConfigError([problem("loader", config.loader, f"what reads {config.data}, {kind}")])
+        raise ConfigError([problem("loader", config.loader, f"what reads {source}, {kind}")])
     on_gpu = group.device.type == "cuda"
     try:
-        loader = choose_loader(config.loader)(
+        return choose_loader(config.loader)(
             folder,
             config.img_size,
             config.batch_size,
@@ -177,18 +216,7 @@ def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader, RunC
             scale=config.scale,
         )
     except (ValueError, ImportError) as error:
-        raise ConfigError([f"--data: {error}"]) from error
-    steps_per_epoch = loader.batches_per_epoch / config.accumulate
-    steps = config.steps or max(1, math.floor(config.epochs * steps_per_epoch))
-    epochs = config.epochs if config.steps is None else steps / steps_per_epoch
-    return loader, dataclasses.replace(
-        config,
-        steps=steps,
-        epochs=epochs,
-        warmup_epochs=epochs / 5 if config.warmup_epochs is None else config.warmup_epochs,
-        lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
-        val_every=config.val_every or max(1, steps // 10),
-    )
+        raise ConfigError([f"--{argument}: {error}"]) from error
 
 
 def choose_loader(name: str) -> type[ImageLoader]:

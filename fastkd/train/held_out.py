@@ -52,6 +52,37 @@ class HeldOut:
             reconstruction(self.method.student, images, self.config.mask_ratio, run.root / "reconstruction.png")
 
 
+class HeldOutLosses:
+    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some."""
+
+    def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
+        self.config, self.method, self.device, self.amp = config, method, device, amp
+        if config.val_data is not None:
+            self.images, _, _ = crops(config, config.val_images)
+            self.keys = torch.arange(len(self.images)) + config.seed
+
+    @torch.no_grad()
+    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+        """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
+        if self.config.val_data is None:
+            return
+        names = self.method.losses
+        was_training, total = self.method.training, torch.zeros(len(names))
+        self.method.eval()
+        for images, keys in zip(self.images.split(self.config.batch_size), self.keys.split(self.config.batch_size)):
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                result = self.method(images.to(self.device), keys.to(self.device))
+            total += torch.stack([result[name].float() for name in names]).cpu() * len(images)
+        self.method.train(was_training)
+        _tell(run, step, epoch, dict(zip([f"val_{name}" for name in names], (total / len(self.images)).tolist())))
+
+    def draw(self, run: RunFolder) -> None:
+        """Writes loss_curves.png."""
+        from .plots import loss_curves
+
+        loss_curves(run.metrics(), self.method.losses, run.root / "loss_curves.png")
+
+
 class HeldOutClasses:
     """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some."""
 

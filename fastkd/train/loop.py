@@ -88,8 +88,8 @@ def _train(config: RunConfig, group: Processes) -> Result:
         history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
     model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
-        model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names, amp=amp,
-        accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
+        model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
+        reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
     )  # fmt: skip
     held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:

@@ -64,7 +64,8 @@ class TrainingStep:
         model: a method, such as `DMAE`, bare or as `Processes.wrap` returns it.
         optimizer: over its parameters; with graphs one whose learning rate is a tensor (``adamw(capturable=True)``).
         mask_ratio: share of masked patches, for a model that is called as ``model(images, mask_ratio, keys=keys)``;
-            None calls ``model(images, labels)``.
+            None calls ``model(*reads)``.
+        reads: fields of a batch that the model is called with.
         names: of the losses in the model's result, the one to minimise first.
         amp: dtype of autocast; None computes in the dtype of the weights.
         accumulate: micro-batches per step, all of one shape.
@@ -90,6 +91,7 @@ class TrainingStep:
         mask_ratio: float | None,
         *,
         names: Sequence[str] = LOSSES,
+        reads: Sequence[str] = ("images", "keys"),
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
@@ -98,12 +100,12 @@ class TrainingStep:
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.optimizer, self.mask_ratio, self.names = model, optimizer, mask_ratio, tuple(names)
-        self._read = ("images", "labels" if mask_ratio is None else "keys")
+        self.reads = tuple(reads)
         self.amp, self.accumulate, self.graphs = amp, accumulate, graphs
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.group = group or Processes(0, 1, self.device)
         self.losses = torch.zeros(len(self.names), device=self.device)
-        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._inputs: tuple[Tensor, ...] | None = None
         self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
         self._done = 0
 
@@ -112,22 +114,22 @@ class TrainingStep:
         for micro, batch in zip(range(self.accumulate), batches):
             kind = micro == 0, micro == self.accumulate - 1
             if self.graphs is None:
-                self._run(*(getattr(batch, name) for name in self._read), *kind)
+                self._run([getattr(batch, name) for name in self.reads], *kind)
             else:
                 self._run_graphed(batch, *kind)
         self._done += 1
         return self.losses
 
-    def _run(self, images: Tensor, fixed: Tensor, first: bool, last: bool) -> None:
-        """One micro-batch; `fixed` are the keys of its masks, or its labels."""
+    def _run(self, inputs: Sequence[Tensor], first: bool, last: bool) -> None:
         with self.group.synchronise(self.model, last):
             # A graph must not find 16-bit copies of weights that autocast made outside of it.
             cached = self.graphs is None
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=cached):
                 if self.mask_ratio is None:
-                    result = self.model(images, fixed)
+                    result = self.model(*inputs)
                 else:
-                    result = self.model(images, self.mask_ratio, keys=fixed)
+                    images, keys = inputs
+                    result = self.model(images, self.mask_ratio, keys=keys)
             self.scaler.scale(result["loss"] / self.accumulate).backward()
         losses = torch.stack([result[name].detach().float() for name in self.names]) / self.accumulate
         self.losses.copy_(losses if first else self.losses + losses)
@@ -140,18 +142,18 @@ class TrainingStep:
     def _run_graphed(self, batch: Batch, first: bool, last: bool) -> None:
         inputs = self._load(batch)
         if self._done < self.WARM_UP:
-            return self.graphs.warm_up(partial(self._run, *inputs, first, last))
+            return self.graphs.warm_up(partial(self._run, inputs, first, last))
         if not self._replays:
             self._capture(inputs)
         if self.graphs is None:
-            return self._run(*inputs, first, last)
+            return self._run(inputs, first, last)
         self._replays[first, last]()
 
-    def _load(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _load(self, batch: Batch) -> tuple[Tensor, ...]:
         """The static buffers with a batch in them."""
         if self._inputs is None:
-            self._inputs = tuple(torch.empty_like(getattr(batch, name)) for name in self._read)
-        for name, buffer in zip(self._read, self._inputs):
+            self._inputs = tuple(torch.empty_like(getattr(batch, name)) for name in self.reads)
+        for name, buffer in zip(self.reads, self._inputs):
             value = getattr(batch, name)
             if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
                 raise ValueError(
@@ -161,12 +163,12 @@ class TrainingStep:
             buffer.copy_(value, non_blocking=True)
         return self._inputs
 
-    def _capture(self, inputs: tuple[Tensor, Tensor]) -> None:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         """Captures one graph per kind of micro-batch; where that fails, back to eager steps."""
         kinds = dict.fromkeys((micro == 0, micro == self.accumulate - 1) for micro in range(self.accumulate))
         try:
             for kind in kinds:  # in the order of a step: the first one makes the gradients that the others use
-                self._replays[kind] = self.graphs.capture(partial(self._run, *inputs, *kind))
+                self._replays[kind] = self.graphs.capture(partial(self._run, inputs, *kind))
         except Exception as error:
             logger.warning(
                 "the training step cannot be captured as a CUDA graph and runs eagerly, which is slower: %s: %s "

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-MASKED = "fastkd/ops/masked"
-FEATURES = "fastkd/ops/features"
-
-
-class Mutant(NamedTuple):
-    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest.
-
-    `cpu`: the CPU variant that must run, where the file is compiled in one alone.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    cpu: str = ""
+from .kinds import FEATURES, MASKED, Mutant, accuracy
+from .method_mutants import METHODS
 
 
 def golden(what: str, backend: str = "") -> tuple[str, ...]:
@@ -34,39 +18,11 @@ def unpinned(what: str) -> tuple[str, ...]:
     return ("test_unpinned.py", "-k", what)
 
 
-def accuracy(op: str, backend: str) -> tuple[str, ...]:
-    return ("test_ops.py", "-k", f"test_accuracy and {op} and {backend}")
-
-
 PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_masking"
 LINEAR_PIXEL = "linear_pixel_loss"
 EMBED, ASSEMBLE = "visible_patch_embed", "decoder_assemble"
 
-MIX, GATHER = "layer_mix", "gather_whiten_smooth_l1"
-
-
-def maskalign(what: str, backend: str) -> tuple[str, ...]:
-    return ("test_golden_maskalign.py", "-k", f"{what} and {backend}")
-
-
 PYTHON = [
-    Mutant("gather: the loss is torch's smooth L1, not twice it", f"{FEATURES}/gather_whiten.py",
-           "return 2 * F.smooth_l1_loss(d", "return F.smooth_l1_loss(d", maskalign("align_loss", "reference")),
-    Mutant("gather: deviation of the batch by the biased variance", f"{FEATURES}/gather_whiten.py",
-           "correction=1", "correction=0", maskalign("teacher_target", "reference")),
-    Mutant("layer mix: the gradient of the weights is transposed", f"{FEATURES}/layer_mix.py",
-           "grad_weight.copy_(above @ below.T)", "grad_weight.view(-1).copy_((below @ above.T).flatten())",
-           maskalign("align_loss", "reference")),
-    Mutant("alignment: the unit matrix without 0.01 beside it", f"{FEATURES}/dynamic_alignment.py",
-           "torch.eye(num_teacher_layers) + 0.01", "torch.eye(num_teacher_layers)",
-           ("test_dynamic_alignment.py", "-k", "plain_formula and linear")),
-    Mutant("attention masks: unimportant patches first", f"{MASKED}/attention_masking.py",
-           "ordered_masking(-(", "ordered_masking((", maskalign("attention_mask", "reference")),
-    Mutant("attention masks: patches are raced without the CLS token's share", f"{MASKED}/attention_masking.py",
-           ".softmax(-1)\n        return attention[:, :, num_prefix:]",
-           "[:, :, num_prefix:].softmax(-1)\n        return attention", maskalign("importance", "golden")),
-    Mutant("MaskAlign: the teacher looks at the student's statistics", "fastkd/methods/maskalign.py",
-           "by_attention, mean=self.mean, std=self.std", "by_attention", ("test_maskalign.py", "-k", "floating")),
     Mutant("packed crops forget the flip's draw", "fastkd/data/crops.py", "flips.append(random.random() < self.flip)",
            "flips.append(False)", ("test_pack.py", "-k", "those_of_the_folder")),
     Mutant("several masks: the same key for all", "fastkd/data/loader.py",
@@ -154,17 +110,6 @@ PYTHON = [
            ("test_teacher_precision.py", "-k", "features_are_close")),
     Mutant("warm-up starts above 0", "fastkd/train/schedule.py", "return lr * epoch / warmup_epochs",
            "return lr * (epoch + 1) / warmup_epochs", ("test_golden_models.py", "-k", "lr_schedule")),
-    Mutant("self-distillation: the class token sees its neighbour alone", "fastkd/models/vit.py",
-           "self.attn.cross(head(h, 1).contiguous(), h)", "self.attn.cross(head(h, 1).contiguous(), head(h, 2))",
-           ("test_self_distillation.py", "-k", "encode_is_the_full_forward and plain")),
-    Mutant("self-distillation: mean over channels", f"{FEATURES}/cls_distillation.py",
-           "return student.shape[-1] * feature_alignment_loss", "return feature_alignment_loss",
-           ("test_golden_sdfp.py", "-k", "distill_loss and reference")),
-    Mutant("self-distillation: cached tokens one place off", "fastkd/methods/self_distillation.py",
-           "[prefix, ids + prefix.shape[1]]", "[prefix, ids]", ("test_self_distillation.py", "-k", "all-cache")),
-    Mutant("self-distillation: padding is masked", "fastkd/methods/self_distillation_text.py",
-           "(noise[0] < mask_ratio) & maskable", "noise[0] < mask_ratio",
-           ("test_self_distillation.py", "-k", "masked_as_bert")),
 ]  # fmt: skip
 
 TRITON = [
@@ -205,10 +150,6 @@ TRITON = [
            "rows, programs * ROWS)", "rows, 2 * programs * ROWS)", accuracy("layer_norm-many_rows", "triton")),
     Mutant("triton mlp: the bias gradient of the last tile", "fastkd/ops/blocks/mlp_triton.py",
            "sums += grad", "sums = grad", ("test_blocks.py", "-k", "products and mlp and triton")),
-    Mutant("triton layer mix: every tile writes the first share", f"{FEATURES}/layer_mix_triton.py",
-           "partial + program * (MIXTURES * LAYERS)", "partial + program * 0", accuracy(MIX, "triton")),
-    Mutant("triton gather: the row beside", f"{FEATURES}/gather_whiten_triton.py",
-           "num_prefix + seen, k)", "seen, k)", maskalign("teacher_target", "triton")),
 ]  # fmt: skip
 
 NATIVE = [
@@ -243,11 +184,6 @@ NATIVE = [
     Mutant("C++ attention: softmax scale", "csrc/attention.cpp",
            "q.load(s.queries, Q, dp, A(1) / std::sqrt(A(s.dim)));",
            "q.load(s.queries, Q, dp, A(1) / A(s.dim));", accuracy("attention", "cpp")),
-    Mutant("C++ gather: epsilon of the students' norms", "csrc/gather_whiten.cpp", "squares / n + A(1e-5)",
-           "squares / n + A(1e-6)", maskalign("teacher_target", "cpp")),
-    Mutant("C++ layer mix: the last elements of a tile are not written", "csrc/layer_mix.cpp",
-           "convert_row(lines, count, mutable_data", "convert_row(lines, count - 1, mutable_data",
-           accuracy(MIX, "cpp")),
     Mutant("C++ GELU: the density is left out of the slope", "csrc/gelu_math.h", "area + x * bell * 0.39894228f",
            "area + 0 * bell", accuracy("gelu", "cpp")),
     Mutant("int8: deep products start again", "csrc/gemm_int8.h", "block(i), l > 0);", "block(i), false);",
@@ -289,6 +225,6 @@ CUDA = [  # the emulation compiles them for the CPU
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE + CUDA
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

@@ -69,7 +69,6 @@ def published(
     pair = student if isinstance(student, tuple) else (student, student)
     goal = as_map(teacher)
     first, second = (
-        feature_loss(as_map(x), goal, factor, alternative)
-        for x, factor, alternative in zip(pair, alpha, (False, True))
+        feature_loss(as_map(x), goal, factor, alternative) for x, factor, alternative in zip(pair, alpha, (False, True))
     )
     return first, second

@@ -66,9 +66,9 @@ def _norms_kernel(teacher, mean, inverse, all_rows, positions, channels, s_b, s_
 
 
 @triton.jit
-def _forward_kernel(plain, alt, teacher, mean, teacher_mean, teacher_inverse, rows, partial, all_rows, positions, channels,
-                    p_b, p_n, p_c, a_b, a_n, a_c, t_b, t_n, t_c, scale_plain, scale_alt, ROWS: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+def _forward_kernel(plain, alt, teacher, mean, teacher_mean, teacher_inverse, rows, partial, all_rows, positions,
+                    channels, p_b, p_n, p_c, a_b, a_n, a_c, t_b, t_n, t_c, scale_plain, scale_alt,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = n < positions

@@ -203,7 +203,7 @@ register(
         differentiable=("input", "weight", "bias"),
         cases={
             "mean": dict(batch=7, width=16, classes=19, bias=True, ignored=2, chunk_size=3),
-            "smooth": dict(batch=4, width=9, classes=33, smoothing=0.1, mixed=True, logit_scale=0.5),
+            "smooth": dict(batch=4, width=9, classes=33, smoothing=0.1, bias=True, mixed=True, logit_scale=0.5),
             "capped_rows": dict(batch=5, width=8, classes=12, reduction="none", softcap=3.0, ignored=1, chunk_size=2),
             "one_row": dict(batch=1, width=3, classes=2, reduction="sum"),
         },

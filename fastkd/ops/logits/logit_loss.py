@@ -98,8 +98,8 @@ def _fill_backward(grad_loss, saved, divisors, grad) -> None:
 
 
 _TRITON = "fastkd.ops.logits.logit_loss_triton"
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 def _outputs(student: Tensor, each: bool, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,8 +157,8 @@ def _fill(
 
 
 _TRITON = "fastkd.ops.logits.uskd_triton"
-rows = Kernel(f"{OP}_rows", reference=_fill_rows)
-forward = Kernel(OP, reference=_fill)
+rows = Kernel(f"{OP}_rows", reference=_fill_rows, triton=f"{_TRITON}:rows")
+forward = Kernel(OP, reference=_fill, triton=f"{_TRITON}:forward")
 
 
 @custom_op("uskd_loss_rows")
