@@ -44,11 +44,11 @@ CHOSEN: dict[str, dict[str, float]] = {
     RANDOM: dict(lr=4e-3),
     ATTENTION: dict(lr=4e-3),
 }
-RATES = [dict(lr=lr) for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)]
+RATES = [dict(lr=lr) for lr in (3e-3, 6e-3, 1.2e-2)]
 CANDIDATES: dict[str, list[dict[str, float]]] = {
     MAE: RATES,
     LABELS: RATES,
-    DISTILLED: [dict(rate, alpha=alpha) for rate in RATES[1:] for alpha in (10.0, 30.0, 100.0)],
+    DISTILLED: [dict(rate, alpha=alpha) for rate in RATES[:2] for alpha in (10.0, 30.0, 100.0)],
     RANDOM: RATES,
     ATTENTION: RATES,
 }
@@ -61,7 +61,7 @@ class Config(CompareConfig):
 
     out: Path = Path("runs/demo_maskalign")
     """Folder for rows and tables; finished rows of the same settings are kept, so that a run can be continued."""
-    steps: int = 400
+    steps: int = 300
     """Training steps of each student."""
     batch_size: int = 128
     """Pictures per step."""
