@@ -12,8 +12,10 @@
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
 #include "feature_alignment.cpp"
+#include "at_loss.cpp"
 #include "attention.cpp"
 #include "column_sum.cpp"
+#include "crd_nce_loss.cpp"
 #include "ema_update.cpp"
 #include "gelu.cpp"
 #include "linear.cpp"
@@ -22,6 +24,7 @@
 #include "mlp.cpp"
 #include "residual_layer_norm.cpp"
 #include "resized_crop.cpp"
+#include "rkd_loss.cpp"
 #endif
 
 namespace fastkd {
@@ -60,7 +63,11 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
 #ifndef FASTKD_CUDA
+  m.def("at_loss(Tensor student, Tensor teacher, float p, bool paper, Tensor(a!) loss, Tensor(b!) q) -> ()");
+  m.def("at_loss_backward(Tensor grad_loss, Tensor student, Tensor q, float p, Tensor(a!) grad_student) -> ()");
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("crd_nce_loss(Tensor feature, Tensor bank, Tensor index, Tensor shift, float temperature, float constant, "
+        "Tensor(a!) grad_feature, Tensor(b!) loss) -> ()");
   m.def("ema_update_(Tensor(a!)[] averaged, Tensor[] current, Tensor weight) -> ()");
   m.def("has_amx() -> bool");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
@@ -81,6 +88,8 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
   m.def("resized_crop(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flip, int[] max_box, "
         "Tensor(a!) out) -> ()");
+  m.def("rkd_loss(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool squared, float eps, "
+        "Tensor(a!) laplacian, Tensor(b!) loss) -> ()");
 #endif
 }
 
@@ -99,7 +108,10 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #ifndef FASTKD_CUDA
+  m.impl("at_loss", TORCH_BOX(&at_loss));
+  m.impl("at_loss_backward", TORCH_BOX(&at_loss_backward));
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("crd_nce_loss", TORCH_BOX(&crd_nce_loss));
   m.impl("ema_update_", TORCH_BOX(&ema_update_));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
@@ -114,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
   m.impl("resized_crop", TORCH_BOX(&resized_crop));
+  m.impl("rkd_loss", TORCH_BOX(&rkd_loss));
 #endif
 }
 
