@@ -12,6 +12,7 @@ copy in the same run. On a GPU the L2 cache is flushed before each call, and `gr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -68,10 +69,12 @@ def backends_of(spec: OpSpec, device: str, dtype: torch.dtype) -> dict[str, str 
 
 def contenders(spec: OpSpec, kwargs: dict, dtype: torch.dtype, device: str, compiled: bool, say) -> dict[str, Callable]:
     found = {"eager": contender(spec, spec.reference, kwargs)}
-    for name, function in peers.of(spec.name, device).items():
+    others = peers.of(spec.name, device) | published(spec.name)
+    for name, function in others.items():
         try:
             found[name] = contender(spec, function, kwargs)
-            found[name]()
+            if not agree(found[name](), found["eager"](), dtype):
+                raise AssertionError("does not compute the same; not timed")
         except Exception as error:  # another library, another set of shapes
             found.pop(name, None)
             say(f"{spec.name} {dtype} {name}: {type(error).__name__}: {str(error)[:200]}")
@@ -88,6 +91,24 @@ def contenders(spec: OpSpec, kwargs: dict, dtype: torch.dtype, device: str, comp
             continue
         found[name] = forced(name, contender(spec, spec.function, kwargs))
     return found
+
+
+def agree(one: object, other: object, dtype: torch.dtype) -> bool:
+    """Whether two contenders give the same results, as far as their different roundings allow."""
+    pairs = zip(*(list(x) if isinstance(x, (tuple, list)) else [x] for x in (one, other)))
+    allowed = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    return all(
+        float((a.double() - b.double()).abs().max()) <= allowed * float(b.double().abs().max().clamp_min(1e-30))
+        for a, b in pairs
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()
+    )
+
+
+def published(op: str) -> dict[str, Callable]:
+    """The same loss as its authors compute it, where ``baselines/published/<op>.py`` has it."""
+    if importlib.util.find_spec(f"baselines.published.{op}") is None:
+        return {}
+    return {"published": importlib.import_module(f"baselines.published.{op}").published}
 
 
 def graph_seconds(run: Callable) -> float | None:
@@ -149,7 +170,7 @@ def bench_case(spec: OpSpec, case: str, dtype_name: str, args: argparse.Namespac
             seconds_quartiles=[low, high], rounds=args.rounds, bytes_moved=moved, flops=work,
             gigabytes_per_second=moved / middle / 1e9, tflops=work / middle / 1e12,
         )  # fmt: skip
-        for peer in ("eager", "compiled", *peers.NAMES):
+        for peer in ("eager", "compiled", "published", *peers.NAMES):
             row[f"speedup_vs_{peer}"] = paired_ratio(times[peer], mine) if peer in times else None
         if device == "cuda":
             row["graph_seconds"] = graph_seconds(found[name])

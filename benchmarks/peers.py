@@ -23,6 +23,12 @@ def of(op: str, device: str) -> dict[str, Callable]:
             found["xformers"] = xformers
     if op == "residual_layer_norm" and on_gpu and installed("liger_kernel"):
         found["liger"] = liger_layer_norm
+    if op == "linear_cross_entropy" and on_gpu and installed("liger_kernel"):
+        found["liger"] = liger_linear_cross_entropy
+    if op == "logit_loss" and on_gpu and installed("liger_kernel"):
+        found["liger"] = liger_divergence
+    if op == "linear_jsd" and installed("liger_kernel"):
+        found["liger"] = liger_linear_jsd
     return found
 
 
@@ -70,3 +76,35 @@ def liger_layer_norm(
 
     total = x if delta is None else x + delta.to(x.dtype)
     return total, LigerLayerNormFunction.apply(total, weight, bias, eps).to(dtype or weight.dtype)
+
+
+def liger_linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Liger-Kernel's fused head and cross entropy, with float32 sums of the weight's gradient as ours has them."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(weight, input, target, bias).float()
+
+
+def liger_linear_jsd(
+    student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, target: Tensor, *,
+    student_bias: Tensor | None = None, ce_weight: float = 0.0, beta: float = 0.5, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Liger-Kernel's chunked head and divergence; compiled, as it is by default, where that is on a GPU."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    options = dict(beta=beta, temperature=temperature, compiled=student_input.is_cuda)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=ce_weight, weight_soft_loss=1.0, **options)
+    return loss(student_input, student_weight, teacher_input, teacher_weight, target, student_bias).float()
+
+
+def liger_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, kl: float = 0.0, jsd: float = 0.0, temperature: float = 1.0
+) -> Tensor:
+    """Liger-Kernel's divergences, which take the log-probabilities of both sides; without a target there is no ce."""
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+    log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (student_logits, teacher_logits))
+    square = temperature**2
+    if kl:
+        return kl * square * LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_q, log_p)
+    return jsd * square * LigerJSD(beta=0.5)(log_q, log_p)

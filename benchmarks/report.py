@@ -23,12 +23,13 @@ import common
 import data_tables
 import device_record
 import floors
+import method_tables
 import ops_page
 import teacher_tables
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
 
-PAGES = ("README.md", "docs/performance.md", "docs/data.md")
+PAGES = ("README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))))
 MARKER = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -193,6 +194,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "teacher_precision": teacher_tables.precision,
     "teacher_learning": teacher_tables.learning,
     "teacher_speed": teacher_tables.speed,
+    **method_tables.tables(),
 }
 
 
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = {ROOT / page: filled((ROOT / page).read_text(), page) for page in PAGES if (ROOT / page).exists()}
-    pages[ROOT / "docs/ops.md"] = ops_page.page()
+    pages[ROOT / "docs/ops.md"] = ops_page.page()  # replaces whatever the loop above made of it
     if (text := device_record.text()) is not None:
         pages[device_record.PATH] = text
     for path, text in pages.items():

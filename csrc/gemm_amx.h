@@ -76,7 +76,8 @@ struct Operand {
 };
 template <class T>
 using Rows = Operand<T, true, true>;  // A is the matrix
-using TransposedRows = Operand<BFloat16, true, false>;  // A is its transpose
+template <class T>
+using TransposedRows = Operand<T, true, false>;  // A is its transpose
 template <class T>
 using Columns = Operand<T, false, false>;  // B is the matrix
 template <class T>

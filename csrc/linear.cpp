@@ -55,7 +55,7 @@ void linear_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& grad_
   };
   for (int64_t start = 0; start < std::max<int64_t>(depth, 1); start += most) {
     amx::gemm(m, n, std::min(most, depth - start),
-              amx::TransposedRows{part(grad, start), grad_bias ? sums.data() : nullptr},
+              amx::TransposedRows<BFloat16>{part(grad, start), grad_bias ? sums.data() : nullptr},
               amx::Columns<BFloat16>{part(x, start)}, [&](int64_t i, int64_t j) { amx::fetch_to_write(to + i * n + j); },
               [&](int64_t i, int64_t j, int64_t rows, int64_t columns, const float* c) {
                 for (int64_t r = 0; r < rows; ++r)

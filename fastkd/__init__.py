@@ -15,6 +15,8 @@ _SUBMODULES = ("data", "methods", "models", "nn", "ops", "train")
 def __getattr__(name: str):
     if name in _SUBMODULES:
         return importlib.import_module(f"fastkd.{name}")
-    if name == "backend":
-        return importlib.import_module("fastkd.ops").backend
+    if not name.startswith("_"):
+        ops = importlib.import_module("fastkd.ops")
+        if name in ops.__all__:
+            return getattr(ops, name)
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

@@ -11,7 +11,8 @@ from typing import Literal, NoReturn
 
 import tyro
 
-from fastkd.train.config import ConfigError, DistillConfig, problem
+from fastkd.train.config import ConfigError, problem
+from fastkd.train.recipes import METHODS, config_of
 
 WRONG_ARGUMENTS = 2
 STOPPED = 130  # what a shell reports for Ctrl-C
@@ -58,8 +59,12 @@ class Info:
 
 
 def distill(arguments: list[str]) -> int:
-    """Distil a student from a teacher on a folder of images."""
-    config = _parse(DistillConfig, "distill", arguments)
+    """Train a student on a folder of images, by DMAE or another method (--method NAME)."""
+    name = _method(arguments)
+    if name not in METHODS:
+        listing = "\n".join(f"  {known:10} {line}" for known, (_, line) in METHODS.items())
+        return _say(f"fastkd distill: --method: got {name!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
+    config = _parse(config_of(name), f"distill --method {name}", arguments)
     config.validate()  # before torch is imported: wrong arguments answer at once
     from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
@@ -118,10 +123,12 @@ def info(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """Run a small experiment on real pictures that come with the package."""
+    """Run a small experiment on real data; --list tells which there are."""
     from fastkd.demos import DEMOS
 
-    listing = "\n".join(f"  {name:10} {line}" for name, line in DEMOS.items())
+    listing = "\n".join(f"  {name:10} {d.line}\n{'':13}{d.time}; needs {d.packages}" for name, d in DEMOS.items())
+    if arguments[:1] == ["--list"]:
+        return _say(listing, 0, sys.stdout)
     if not arguments or arguments[0] in ("-h", "--help"):
         return _usage("fastkd demo NAME", listing)
     if arguments[0] not in DEMOS:
@@ -185,6 +192,15 @@ def _run(arguments: list[str]) -> int:
         return _say("\n".join(f"fastkd {name}: {line}" for line in error.problems), WRONG_ARGUMENTS)
     except KeyboardInterrupt:
         return _say(f"fastkd {name}: stopped", STOPPED)
+
+
+def _method(arguments: list[str]) -> str:
+    """What --method names; the options of a run depend on it."""
+    for index, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if name == "--method":
+            return value if given else (arguments[index + 1 : index + 2] or [""])[0]
+    return "dmae"
 
 
 def _parse(target, command: str, arguments: list[str]):

@@ -1,4 +1,4 @@
-"""The losses as `torch.nn` modules."""
+"""The losses as `torch.nn` modules, and what projects features for them."""
 
 from .ops.features.at_loss import ATLoss
 from .ops.features.crd_loss import CRDLoss
@@ -7,6 +7,21 @@ from .ops.features.hint_loss import HintLoss, HintProjector
 from .ops.features.pkt_loss import PKTLoss
 from .ops.features.rkd_loss import RKDLoss
 from .ops.features.sp_loss import SPLoss
+from .models.cross_attention_projector import CrossAttentionProjector
+from .ops.features.cls_distillation import CLSDistillationLoss
+from .ops.features.dual_view import DualViewLoss
+from .ops.features.dynamic_alignment import DynamicAlignment
+from .ops.features.feature_alignment import FeatureAlignmentLoss
+from .ops.features.gather_whiten import GatherWhitenSmoothL1Loss
+from .ops.features.upsample_cross_entropy import MaskedConsistencyLoss
+from .ops.logits.class_vectors import ClassVectorKDLoss
+from .ops.logits.cosine import LogitCosineLoss
+from .ops.logits.dist import DISTLoss
+from .ops.logits.linear_losses import LinearCrossEntropyLoss, LinearJSDLoss, LinearKLLoss
+from .ops.logits.modules import DKDLoss, JSDLoss, KDLoss, LogitLoss, NKDLoss, ReverseKLLoss, TVDLoss
+from .ops.logits.standardise import StandardizedKDLoss
+from .ops.logits.uskd import USKDLoss
+from .ops.masked.block_mask import BlockMask
 from .ops.masked.linear_pixel_loss import LinearPixelLoss
 from .ops.masked.masked_pixel_loss import MaskedPixelLoss
 
@@ -21,4 +36,29 @@ __all__ = [
     "PKTLoss",
     "RKDLoss",
     "SPLoss",
+    "BlockMask",
+    "CLSDistillationLoss",
+    "ClassVectorKDLoss",
+    "CrossAttentionProjector",
+    "DISTLoss",
+    "DKDLoss",
+    "DualViewLoss",
+    "DynamicAlignment",
+    "FeatureAlignmentLoss",
+    "GatherWhitenSmoothL1Loss",
+    "JSDLoss",
+    "KDLoss",
+    "LinearCrossEntropyLoss",
+    "LinearJSDLoss",
+    "LinearKLLoss",
+    "LinearPixelLoss",
+    "LogitCosineLoss",
+    "LogitLoss",
+    "MaskedConsistencyLoss",
+    "MaskedPixelLoss",
+    "NKDLoss",
+    "ReverseKLLoss",
+    "StandardizedKDLoss",
+    "TVDLoss",
+    "USKDLoss",
 ]

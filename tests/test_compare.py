@@ -36,7 +36,11 @@ def test_rows_table_and_verdict(config, capsys):
     assert "60.0 ± 10.0" in shown and "+10.0 ± 0.0" in shown and "holds: method − plain +10.0" in shown
     assert "plain: without" in (config.out / "results.md").read_text()
     lines = [json.loads(line) for line in (config.out / "rows.jsonl").read_text().splitlines()]
-    assert lines[0] == {"demo": "toy", "quick": False, "steps": 3} and len(lines) == 7
+    assert lines[0] == {
+        "demo": "toy", "quick": False, "baseline": "plain", "steps": 3,
+        "metrics": [["accuracy", "accuracy, %", True], ["loss", "loss", False]],
+    }  # fmt: skip
+    assert len(lines) == 7
     assert values_of(lines[1:], "method", "accuracy") == pytest.approx([0.6, 0.7, 0.8])
 
     # Finished rows are kept; other settings start anew; a claim that fails decides the exit code.

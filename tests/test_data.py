@@ -312,6 +312,10 @@ def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):
         images: int
         keys: int
 
+        @property
+        def tensors(self):
+            return dict(images=self.images, keys=self.keys)
+
         def to(self, device):
             assert device.type == "cuda" and inside == ["copies"]
             log.append(("copied", self.images))

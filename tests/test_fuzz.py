@@ -42,6 +42,14 @@ def ill_posed(op: str, case: dict, dtype: torch.dtype, stress: str) -> bool:
         return stress == "constant"
     if op == "feature_alignment_loss":  # a normalised single number is +-1: the gradient is exactly 0
         return case["width"] == 1
+    if op in ("linear_cross_entropy", "linear_kl", "linear_jsd"):  # equal class vectors: no gradient for the input
+        return stress == "constant"
+    if op == "logit_standardization":  # two standardised numbers are +-0.7: the gradient is exactly 0
+        return case["classes"] == 2 or stress == "constant"
+    if op == "dist_loss":  # vanishing norms: what is left of equal or saturated probabilities is rounding
+        return stress != "none"
+    if op == "dual_view_loss":  # the second view of a constant is the rounding of its mean
+        return stress == "constant"
     return False
 
 

@@ -74,6 +74,9 @@ def test_input_layouts(spec, name, layout):
     for case in list(spec.cases)[:3]:
         kwargs = spec.build(spec.cases[case], torch.float32, device_of(name))
         tensors = {k: LAYOUTS[layout](v) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim}
+        if layout == "expanded" and spec.name in ("linear_cross_entropy", "linear_kl", "linear_jsd"):
+            # Equal class vectors have equal logits: no gradient reaches the input, and rounding would be compared.
+            tensors = {k: v for k, v in tensors.items() if not k.endswith("weight")}
         plain = kwargs | {k: v.contiguous() for k, v in tensors.items()}
         with backend(name), memory.canaries():
             got = evaluate(spec, spec.function, kwargs | tensors)
@@ -120,6 +123,15 @@ def kind(argument):
     return argument if isinstance(argument, bool) else type(argument).__name__
 
 
+def leaf(argument, trained: bool):
+    """The argument without history; it requires grad where it did and `trained` is set. Lists of tensors too."""
+    if isinstance(argument, (list, tuple)):
+        return [leaf(a, trained) for a in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.detach().requires_grad_(trained and argument.requires_grad)
+
+
 @pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
 @each_op
 def test_opcheck(spec, layout):
@@ -143,9 +155,7 @@ def test_opcheck(spec, layout):
     assert calls, "no custom op was called"
     for func, args, kw in calls.values():
         forward = not func._opname.endswith("_backward")  # saved tensors still require grad there
-        args = [
-            a.detach().requires_grad_(forward and a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
-        ]
+        args = [leaf(a, forward) for a in args]
         torch.library.opcheck(func, args, kw)
 
 

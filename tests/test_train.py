@@ -382,7 +382,7 @@ def test_config_problems_come_all_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         distill(config)
     lines = error.value.problems
-    expected = ["data", "mask-ratio", "alpha", "teacher-blocks", "batch-size", "warmup-epochs", "scale", "device"]
+    expected = ["data", "batch-size", "warmup-epochs", "scale", "device", "mask-ratio", "alpha", "teacher-blocks"]
     assert [line.split(":")[0] for line in lines] == [f"--{name}" for name in expected]
     assert all("got" in line and "expected" in line for line in lines)
 

@@ -4,6 +4,7 @@ from .folder import IMAGE_SUFFIXES, ImageFolder
 from .loader import Batch, ImageLoader, UnreadableError, open_images
 from .pack import pack
 from .packed import PackedImages
+from .paired import PairedLoader
 from .transforms import center_crop, load_images, open_image, random_resized_crop
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ImageFolder",
     "ImageLoader",
     "PackedImages",
+    "PairedLoader",
     "UnreadableError",
     "center_crop",
     "load_images",

@@ -46,17 +46,26 @@ class Batch(NamedTuple):
         keys: [B] int64, what fixes the mask of each image (see `fastkd.ops.random_masking`).
         indices: [B] int64, index of each image in the folder.
         failures: ((path, reason), ...) of the files that could not be read and were replaced.
+        labels: [B] int64, class of each image, -1 for none; None until the loader has filled it in.
+        others: images of a second folder (`PairedLoader`), or None.
     """
 
     images: Tensor
     keys: Tensor
     indices: Tensor
     failures: tuple[tuple[str, str], ...]
+    labels: Tensor | None = None
+    others: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What training reads, by name."""
+        named = dict(images=self.images, keys=self.keys, labels=self.labels, others=self.others)
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with images and keys on a device; the copy does not block."""
-        images, keys = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.keys))
-        return self._replace(images=images, keys=keys)
+        """The batch with images, keys and labels on a device; the copy does not block."""
+        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
 
 
 def open_images(folder: str | os.PathLike) -> ImageFolder | PackedImages:
@@ -167,7 +176,7 @@ class ImageLoader:
                 "another crop and mask (a smaller batch size avoids this)",
                 self.folder.root, len(self.folder), self.global_batch // self.masks_per_image,
             )  # fmt: skip
-        with contextlib.closing(on_device(self._loaded(), self.device)) as batches:
+        with contextlib.closing(on_device(self._labelled(), self.device)) as batches:
             for batch in batches:
                 self._position += 1
                 self._report(batch)
@@ -178,8 +187,15 @@ class ImageLoader:
         masks = self.masks_per_image
         if masks == 1:
             return batch
-        images, indices = (tensor.repeat_interleave(masks, 0) for tensor in (batch.images, batch.indices))
-        return batch._replace(images=images, indices=indices)
+        images, indices, labels = (t.repeat_interleave(masks, 0) for t in (batch.images, batch.indices, batch.labels))
+        return batch._replace(images=images, indices=indices, labels=labels)
+
+    def _labelled(self) -> Iterator[Batch]:
+        """Batches on the CPU, with labels."""
+        labels = torch.tensor(self.folder.labels)
+        with contextlib.closing(self._loaded()) as batches:
+            for batch in batches:
+                yield batch._replace(labels=labels[batch.indices])
 
     def _loaded(self) -> Iterator[Batch]:
         """Batches on the CPU; the time that they keep this process waiting counts."""

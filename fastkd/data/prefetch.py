@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def on_device(batches: Iterator[Batch], device: torch.device | str, depth: int = 2) -> Iterator[Batch]:
-    """The batches with images and keys on a device; to a GPU they are copied ahead while the steps before run.
+    """The batches with their tensors on a device; to a GPU they are copied ahead while the steps before run.
 
     Args:
         batches: on the CPU; page-locked ones, or their copies to a GPU are not asynchronous.
@@ -38,7 +38,7 @@ def on_device(batches: Iterator[Batch], device: torch.device | str, depth: int =
         batch, copied = waiting.popleft()
         consumer = torch.cuda.current_stream(device)
         consumer.wait_event(copied)
-        for tensor in (batch.images, batch.keys):
+        for tensor in batch.tensors.values():
             tensor.record_stream(consumer)  # its memory belongs to `copies`, which must not take it back too early
         yield batch
         queued.append(torch.cuda.Event(blocking=True))

@@ -103,7 +103,14 @@ def compare(
     """
     console = Console(width=None if Console().is_terminal else 150)
     seeds = range(1 if config.quick else config.seeds)
-    rows = Rows(config.out / "rows.jsonl", {"demo": name, "quick": config.quick, **settings})
+    # Baseline and metrics stand in the file too, so that a page can be made of it alone.
+    about = {
+        "demo": name,
+        "quick": config.quick,
+        "baseline": baseline,
+        "metrics": [dataclasses.astuple(m) for m in metrics],
+    }
+    rows = Rows(config.out / "rows.jsonl", {**about, **settings})
     todo = [(seed, arm) for seed, arm in itertools.product(seeds, arms) if (arm.name, seed) not in rows]
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()
     with one_thread(), Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -1,5 +1,22 @@
 """Distillation methods, one file each."""
 
 from .dmae import DMAE
+from .kd import KD
+from .maskalign import MaskAlign
+from .promptkd import PromptedCLIP, PromptKD, PromptStudent, PromptTuning
+from .scalekd import ScaleKD
+from .self_distillation import FurtherPretrainer
+from .self_distillation_text import TextFurtherPretrainer
 
-__all__ = ["DMAE"]
+__all__ = [
+    "DMAE",
+    "FurtherPretrainer",
+    "KD",
+    "MaskAlign",
+    "PromptKD",
+    "PromptStudent",
+    "PromptTuning",
+    "PromptedCLIP",
+    "ScaleKD",
+    "TextFurtherPretrainer",
+]

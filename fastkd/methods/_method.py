@@ -13,7 +13,8 @@ from fastkd.models.pixels import normalize, statistics_of
 class Method(nn.Module):
     """A student and what trains it.
 
-    `forward(images, target=None)` returns a dict of scalars: those named in `losses`, the one to minimise first.
+    `forward(images, target)` returns a dict of scalars: those named in `losses`, the one to minimise first. A method
+    that needs no labels is called as ``forward(images, keys)``, with a number per image that fixes its random masks.
     `parameters()` and `state_dict()` hold the student and what is trained or averaged along with it (projectors, a mean
     teacher), never a frozen teacher. So a method can be wrapped, compiled and saved like any module.
 
@@ -21,6 +22,7 @@ class Method(nn.Module):
         student: the network that is exported.
         losses: names of the scalars in the result of `forward`, "loss" first.
         needs_target: whether `forward` needs labels.
+        reads: fields of a `fastkd.data.Batch` that `forward` is called with.
         mean, std: pixel statistics of the student, in units where white is 1.
     """
 
@@ -34,6 +36,10 @@ class Method(nn.Module):
         self.student = student
         own = statistics_of(student)
         self.mean, self.std = tuple(mean or own[0]), tuple(std or own[1])
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("images", "labels" if self.needs_target else "keys")
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images for the student: uint8 [B, H, W, C] are normalised; floating [B, C, H, W] come normalised."""

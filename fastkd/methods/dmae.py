@@ -73,6 +73,10 @@ class DMAE(nn.Module):
     `parameters()` and `state_dict()` hold the student and the projectors, never the teacher.
     """
 
+    losses = ("loss", "pixel_loss", "align_loss")
+    needs_target = False
+    reads = ("images", "keys")
+
     def __init__(
         self,
         student: MaskedAutoencoderViT,
@@ -142,6 +146,17 @@ class DMAE(nn.Module):
             )
         if tuple(teacher.blocks) != blocks:
             raise ValueError(f"DMAE: teacher_blocks: got {blocks}, expected the teacher's own {tuple(teacher.blocks)}")
+
+    def after_step(self, step: int) -> None:
+        """Nothing is averaged; see `fastkd.methods._method.Method`."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The projectors: what a checkpoint keeps beside the student."""
+        return self.aligned_feature_projection_heads.state_dict()
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `training_state` gave."""
+        self.aligned_feature_projection_heads.load_state_dict(state)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)

@@ -2,6 +2,7 @@
 
 from .checkpoints import load_vit
 from .export import export_timm, to_timm, to_transformers
+from .intact import IntactTeacher
 from .mae import MaskedAutoencoderViT, mae_vit
 from .saving import save
 from .teacher import Teacher
@@ -9,6 +10,7 @@ from .vit import Features, VisionTransformer
 
 __all__ = [
     "Features",
+    "IntactTeacher",
     "MaskedAutoencoderViT",
     "Teacher",
     "VisionTransformer",

@@ -107,6 +107,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path = 0.0  # see `VisionTransformer.set_drop_path`
 
     def forward(self, x: Tensor, delta: Tensor | None = None, first_query: int = 0) -> tuple[Tensor, Tensor]:
         """One block on a residual stream whose last addition is still open.
@@ -127,19 +128,36 @@ class Block(nn.Module):
         """The block where norm1 and the qkv projection [B, T, 3 D] are already done."""
         return self._finish(x, self.attn.attend(qkv))
 
+    def class_row(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The block for token 0 alone, all T tokens as keys and values: (x, delta), [B, 1, D] each."""
+        x, h = layer_norm(self.norm1, x, delta)
+        return self._finish(head(x, 1), self.attn.cross(head(h, 1).contiguous(), h))
+
     def cross(self, x: Tensor, delta: Tensor | None, context: Tensor) -> tuple[Tensor, Tensor]:
         """The block with keys and values from context [B, Tk, D] instead of x + delta [B, Tq, D]."""
         x, h = layer_norm(self.norm1, x, delta)
         return self._finish(x, self.attn.cross(h, layer_norm(self.norm1, context)[1]))
 
     def _finish(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        x, h = layer_norm(self.norm2, x, self.ls1(attention))
-        return x, self.ls2(self.mlp(h))
+        x, h = layer_norm(self.norm2, x, self._drop(self.ls1(attention)))
+        return x, self._drop(self.ls2(self.mlp(h)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): each image skips the branch at a rate; kept ones make up for it."""
+        if self.drop_path == 0 or not self.training:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 def tail(x: Tensor, first: int) -> Tensor:
     """x[:, first:]. The gradient of a split is one copy; that of a slice also writes zeros under all of it."""
     return x.split((first, x.shape[1] - first), 1)[1] if first else x
+
+
+def head(x: Tensor, count: int) -> Tensor:
+    """x[:, :count], as a split for the same reason."""
+    return x.split((count, x.shape[1] - count), 1)[0]
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -236,6 +254,13 @@ class VisionTransformer(nn.Module):
         table = resize_table(self.pos_embed, self.grid, grid, self._embedded_prefix())
         self.pos_embed = nn.Parameter(table, requires_grad=False)
 
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in training, from 0 in the first block linearly to `rate` in the last one."""
+        if not 0 <= rate < 1:
+            raise ValueError(f"set_drop_path: rate: got {rate}, expected a number in [0, 1)")
+        for index, block in enumerate(self.blocks):
+            block.drop_path = rate * index / max(self.depth - 1, 1)
+
     def truncate(self, depth: int) -> None:
         """Keeps the first `depth` blocks only; the final norm goes with the others, since taps are raw outputs."""
         if not 1 <= depth <= self.depth:
@@ -300,9 +325,43 @@ class VisionTransformer(nn.Module):
             if index in taps:
                 x, delta = x + delta, None
                 wanted[index] = x
-        if depth is None and isinstance(self.norm, nn.LayerNorm):
-            return Features(layer_norm(self.norm, x, delta)[1], wanted)
+        if depth is None:
+            return Features(self._final(x, delta), wanted)
         return Features(x if delta is None else x + delta, wanted)
+
+    def encode(self, images: Tensor, tokens: str = "cls", ids: Tensor | None = None, *, mean=None, std=None) -> Tensor:
+        """What a head reads of whole images.
+
+        Args:
+            images: as for `forward`.
+            tokens: ``"cls"``, the class token alone, for which the last block computes one query, one attention row and
+                one MLP row (exact), or ``"all"``.
+            ids: [B, L] int64 order of the patches; default raster. The class token depends on it by rounding only.
+            mean, std: as for `forward`.
+
+        Returns:
+            After the final norm: [B, D] with "cls", [B, P + L, D] with "all".
+        """
+        return self.encode_tokens(self.embed(images, ids, mean, std), tokens)
+
+    def encode_tokens(self, x: Tensor, tokens: str = "all") -> Tensor:
+        """`encode` from embedded tokens [B, T, D] on."""
+        if tokens not in ("cls", "all"):
+            raise ValueError(f"encode: tokens: got {tokens!r}, expected 'cls' or 'all'")
+        if tokens == "cls" and self.cls_token is None:
+            raise ValueError("encode: tokens: got 'cls', expected 'all': the model has no class token")
+        delta = None
+        for block in self.blocks[:-1]:
+            x, delta = block(x, delta)
+        last = self.blocks[-1]
+        if tokens == "all":
+            return self._final(*last(x, delta))
+        return self._final(*last.class_row(x, delta)).squeeze(1)
+
+    def _final(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        if isinstance(self.norm, nn.LayerNorm):
+            return layer_norm(self.norm, x, delta)[1]
+        return x if delta is None else x + delta
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

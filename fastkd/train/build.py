@@ -9,16 +9,18 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastkd import _native
-from fastkd.data import ImageLoader, PackedImages, open_images
+from fastkd.data import ImageLoader, PackedImages, PairedLoader, open_images
 from fastkd.methods.dmae import DMAE
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, mae_vit
 from fastkd.models.mae import SIZES
 from fastkd.models.quantized import why_not_fast
+from fastkd.models.saving import encoder
 
 from . import checkpoint
-from .config import ConfigError, DistillConfig, problem
+from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes
 from .optimizer import adamw
 
@@ -42,14 +44,11 @@ def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
             raise ValueError("got an encoder without decoder, expected a masked autoencoder")
         student.norm_pix_loss = config.norm_pix_loss
         return student
-    match = _NAME.fullmatch(config.student)
-    if not match or match[1] not in SIZES:
-        names = ", ".join(f"vit_{size}_patch16" for size in SIZES)
-        raise ValueError(f"got {config.student!r}, expected one of {names} (any patch size), or a checkpoint or run")
+    size, patch, img_size = _parse_name(config.student)
     return mae_vit(
-        match[1],
-        patch_size=int(match[2]),
-        img_size=config.img_size or int(match[3] or 224),
+        size,
+        patch_size=patch,
+        img_size=config.img_size or img_size,
         in_chans=config.in_chans,
         norm_pix_loss=config.norm_pix_loss,
         decoder=config.decoder,
@@ -57,6 +56,28 @@ def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
         decoder_embed_dim=config.decoder_embed_dim,
         decoder_num_heads=config.decoder_num_heads,
     )
+
+
+def build_encoder(config: RunConfig) -> VisionTransformer:
+    """A student without decoder: a new one by name, or the encoder of a checkpoint or run."""
+    if Path(config.student).expanduser().exists():
+        student = load_vit(weights_of(config.student), img_size=config.img_size)
+        return encoder(student) if isinstance(student, MaskedAutoencoderViT) else student
+    size, patch, img_size = _parse_name(config.student)
+    width = SIZES[size]
+    return VisionTransformer(
+        patch_size=patch, img_size=config.img_size or img_size, in_chans=config.in_chans,
+        **dict(zip(("embed_dim", "depth", "num_heads"), width)),
+    )  # fmt: skip
+
+
+def _parse_name(name: str) -> tuple[str, int, int]:
+    """(size, patch size, image size) of a name such as vit_tiny_patch16_224."""
+    match = _NAME.fullmatch(name)
+    if not match or match[1] not in SIZES:
+        names = ", ".join(f"vit_{size}_patch16" for size in SIZES)
+        raise ValueError(f"got {name!r}, expected one of {names} (any patch size), or a checkpoint or run")
+    return match[1], int(match[2]), int(match[3] or 224)
 
 
 def build_teacher(config: DistillConfig, img_size: tuple[int, int]) -> VisionTransformer | None:
@@ -139,7 +160,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if _native.cpu_features() & {"avx512_bf16", "amx_bf16"} else "off"
 
 
-def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, method: nn.Module, capturable: bool) -> torch.optim.Optimizer:
     """The optimiser of a run; ConfigError where its package is missing or cannot run on this device."""
     device = next(method.parameters()).device
     if config.optimizer == "apex" and device.type != "cuda":
@@ -150,33 +171,11 @@ def build_optimizer(config: DistillConfig, method: DMAE, capturable: bool) -> to
         raise ConfigError([f"--optimizer apex: {error}"]) from error
 
 
-def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, DistillConfig]:
+def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader | PairedLoader, RunConfig]:
     """The training images, and the config with length and learning rate in numbers."""
-    try:
-        folder = open_images(config.data)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"--data: {error}"]) from error
-    packed = isinstance(folder, PackedImages)
-    if packed != (config.loader == "packed") and config.loader != "auto":
-        kind = "packed images (--loader auto or packed)" if packed else "image files (--loader auto, pil or dali)"
-        raise ConfigError([problem("loader", config.loader, f"what reads {config.data}, {kind}")])
-    on_gpu = group.device.type == "cuda"
-    try:
-        loader = choose_loader(config.loader)(
-            folder,
-            config.img_size,
-            config.batch_size,
-            channels=config.in_chans,
-            seed=config.seed,
-            workers=choose_workers(config.workers, on_gpu, group.world_size),
-            rank=group.rank,
-            world_size=group.world_size,
-            device=group.device,
-            masks_per_image=config.masks_per_image,
-            scale=config.scale,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError([f"--data: {error}"]) from error
+    loader = _one_loader(config, "data", group)
+    if getattr(config, "target", None) is not None:
+        loader = PairedLoader(loader, _one_loader(config, "target", group))
     steps_per_epoch = loader.batches_per_epoch / config.accumulate
     steps = config.steps or max(1, math.floor(config.epochs * steps_per_epoch))
     epochs = config.epochs if config.steps is None else steps / steps_per_epoch
@@ -188,6 +187,36 @@ def build_loader(config: DistillConfig, group: Processes) -> tuple[ImageLoader, 
         lr=config.blr * loader.global_batch * config.accumulate / 256 if config.lr is None else config.lr,
         val_every=config.val_every or max(1, steps // 10),
     )
+
+
+def _one_loader(config: RunConfig, argument: str, group: Processes) -> ImageLoader:
+    """The loader of the folder that an argument names; ConfigError where it cannot be read."""
+    source = getattr(config, argument)
+    try:
+        folder = open_images(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--{argument}: {error}"]) from error
+    packed = isinstance(folder, PackedImages)
+    if packed != (config.loader == "packed") and config.loader != "auto":
+        kind = "packed images (--loader auto or packed)" if packed else "image files (--loader auto, pil or dali)"
+        raise ConfigError([problem("loader", config.loader, f"what reads {source}, {kind}")])
+    on_gpu = group.device.type == "cuda"
+    try:
+        return choose_loader(config.loader)(
+            folder,
+            config.img_size,
+            config.batch_size,
+            channels=config.in_chans,
+            seed=config.seed,
+            workers=choose_workers(config.workers, on_gpu, group.world_size),
+            rank=group.rank,
+            world_size=group.world_size,
+            device=group.device,
+            masks_per_image=getattr(config, "masks_per_image", 1),
+            scale=config.scale,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError([f"--{argument}: {error}"]) from error
 
 
 def choose_loader(name: str) -> type[ImageLoader]:

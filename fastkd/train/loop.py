@@ -6,27 +6,26 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd.data import ImageLoader
-from fastkd.methods.dmae import DMAE
 
 from . import checkpoint
-from .build import AMP, build, build_loader, build_optimizer
-from .config import ConfigError, DistillConfig, problem
+from .build import AMP, build_loader, build_optimizer
+from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
-from .held_out import HeldOut
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
 from .resume import check_same_run, checkpoint_to_resume, restore
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
-from .track import LOSSES, Reporter, RunFolder, Stopwatch
+from .track import Reporter, RunFolder, Stopwatch
 
 logger = logging.getLogger("fastkd")
 
@@ -51,7 +50,7 @@ class Result(NamedTuple):
     exported: Path | None
 
 
-def distill(config: DistillConfig) -> Result:
+def distill(config: RunConfig) -> Result:
     """Trains a student; continues where the run folder holds an unfinished run.
 
     Under torchrun every process calls this with the same config.
@@ -68,10 +67,11 @@ def distill(config: DistillConfig) -> Result:
         return _train(config, group)
 
 
-def _train(config: DistillConfig, group: Processes) -> Result:
+def _train(config: RunConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
     source, given = checkpoint_to_resume(config, run), config.as_dict()
-    method, config = build(config, device)
+    method, config = config.build(device)
+    names = method.losses
     loader, config = build_loader(config, group)
     if source is not None and config.resume == "auto":
         check_same_run(config, given, run)
@@ -80,36 +80,36 @@ def _train(config: DistillConfig, group: Processes) -> Result:
     amp = AMP[config.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     schedule = {name: getattr(config, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")}
-    history = torch.zeros(config.log_every, len(LOSSES), device=device)  # of the steps since the last report: `filled`
+    history = torch.zeros(config.log_every, len(names), device=device)  # of the steps since the last report: `filled`
     step, filled, seconds = 0, 0, 0.0
     if source is not None:
         state = restore(source, method, optimizer, scaler, loader)
         step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
         history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
-    model = group.wrap(method, find_unused=not config.reconstruct)
+    model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
-        model, optimizer, config.mask_ratio, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group,
-        graphs=graphs,
+        model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
+        reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
     )  # fmt: skip
-    held_out = HeldOut(config, method, device, amp) if group.is_main else None
+    held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:
         run.begin({**config.as_dict(), "given": given})
         run.rewind(step)
     group.barrier()
 
     def save() -> None:
-        losses = _checked(history[:filled], step, run)
+        losses = _checked(history[:filled], names, step, run)
         if not all(norm.isfinite() for norm in torch._foreach_norm([p.detach() for p in method.parameters()])):
             raise TrainingError(_not_finite(step, "weights are not finite", run))
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
-            heads=method.aligned_feature_projection_heads.state_dict(), scaler=train_step.scaler.state_dict(),
+            heads=method.training_state(), scaler=train_step.scaler.state_dict(),
             loader=loader.state_dict(), rng=torch.get_rng_state(),
         )  # fmt: skip
         checkpoint.save(run.checkpoint, method.student, state)
         held_out.draw(run)
 
-    reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main)
+    reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
         _announce(config, method, loader, group, step, source)
         if step == 0 and group.is_main:
@@ -121,13 +121,14 @@ def _train(config: DistillConfig, group: Processes) -> Result:
             set_lr(optimizer, lr)
             history[filled] = train_step(batches)
             step, filled = step + 1, filled + 1
+            method.after_step(step)
             reporter.step()
 
             if filled >= config.log_every or step == config.steps:  # the only place where the host waits for the device
-                losses = _checked(group.mean(history[:filled]), step, run)
+                losses = _checked(group.mean(history[:filled]), names, step, run)
                 elapsed = watch.seconds() - interval_start
                 row = dict(
-                    step=step, epoch=loader.epoch, lr=lr, **dict(zip(LOSSES, losses.mean(0).tolist())),
+                    step=step, epoch=loader.epoch, lr=lr, **dict(zip(names, losses.mean(0).tolist())),
                     images_per_second=filled * config.accumulate * loader.global_batch / elapsed,
                     data_wait=(loader.wait_seconds - interval_wait) / elapsed,
                     skipped=group.total(loader.skipped), seconds=watch.seconds(),
@@ -149,10 +150,8 @@ def _train(config: DistillConfig, group: Processes) -> Result:
         if group.is_main:
             save()
             if finished:
-                from fastkd.models import export_timm
-
-                export_timm(method.student, run.exported)
-                logger.info("finished after %d steps; the student as a timm checkpoint: %s", step, run.exported)
+                line = checkpoint.export(method.student, run.exported)
+                logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
             else:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
         if finished:
@@ -160,12 +159,12 @@ def _train(config: DistillConfig, group: Processes) -> Result:
     return Result(run.root, step, finished, run.exported if finished else None)
 
 
-def _checked(losses: Tensor, step: int, run: RunFolder) -> Tensor:
-    """The losses [steps, 3] on the CPU; TrainingError where one is not finite. `step` is the last of them."""
+def _checked(losses: Tensor, names: Sequence[str], step: int, run: RunFolder) -> Tensor:
+    """The losses [steps, names] on the CPU; TrainingError where one is not finite. `step` is the last of them."""
     losses = losses.detach().cpu()
     for row, values in enumerate(losses.tolist()):
         if not all(math.isfinite(value) for value in values):
-            what = ", ".join(f"{name} is {value:.4g}" for name, value in zip(LOSSES, values))
+            what = ", ".join(f"{name} is {value:.4g}" for name, value in zip(names, values))
             raise TrainingError(_not_finite(step - len(losses) + row + 1, what, run))
     return losses
 
@@ -177,15 +176,12 @@ def _not_finite(step: int, what: str, run: RunFolder) -> str:
 
 
 def _announce(
-    config: DistillConfig, method: DMAE, loader: ImageLoader, group: Processes, step: int, source: Path | None
+    config: RunConfig, method: nn.Module, loader: ImageLoader, group: Processes, step: int, source: Path | None
 ) -> None:
-    millions = sum(p.numel() for p in method.student.parameters()) / 1e6
-    pairs = list(zip(config.teacher_blocks or (), config.student_blocks or ()))
-    teacher = ", ".join(f"block {theirs} of {config.teacher} -> block {ours}" for theirs, ours in pairs) or "no teacher"
-    logger.info("student %s (%.1f M parameters with decoder), %s", config.student, millions, teacher)
+    logger.info("%s", config.summary(method))
     logger.info(
-        "%d images at %d x %d, %.4g %% masked; %d x %s, precision %s",
-        len(loader.folder), *config.img_size, 100 * config.mask_ratio, group.world_size, group.device, config.amp,
+        "%d images at %d x %d; %d x %s, precision %s",
+        len(loader.folder), *config.img_size, group.world_size, group.device, config.amp,
     )  # fmt: skip
     effective = loader.global_batch * config.accumulate
     logger.info("%d steps of %d images (%.4g epochs), peak lr %.3g", config.steps, effective, config.epochs, config.lr)

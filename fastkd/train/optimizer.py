@@ -11,11 +11,17 @@ KINDS = ("adamw", "apex")
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups of the trainable parameters, with and without weight decay.
 
-    One-dimensional parameters (norms, biases, layer scales) do not decay; everything else does, cls_token and
-    mask_token ([1, 1, D]) included, as in the published code.
+    One-dimensional parameters (norms, biases, layer scales) do not decay, nor do those that a module of ours names in
+    `no_weight_decay()`; everything else does, cls_token and mask_token ([1, 1, D]) included, as in the published code.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
+    spared = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if hasattr(module, "no_weight_decay") and type(module).__module__.startswith("fastkd.")
+        for name in module.no_weight_decay()
+    }
+    plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias") or name in spared]
     exempt = {id(p) for p in plain}
     decayed = [p for _, p in named if id(p) not in exempt]
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,10 @@ from fastkd.ops.masked import images as _images
 RATIOS = (0.75, 0.90, 0.95, 0.98)
 
 
-def loss_curves(rows: list[dict], path: Path) -> None:
-    """Losses (training and held-out) and speed over the steps, from the lines of metrics.jsonl, as a PNG."""
-    panels = [
-        ("pixel_loss", "pixel loss", "val_pixel_loss"),
-        ("align_loss", "alignment loss", "val_align_loss"),
-        ("images_per_second", "images / second", None),
-    ]
+def loss_curves(rows: list[dict], names: Sequence[str], path: Path) -> None:
+    """Losses and scores (training and held-out) and speed over the steps, from metrics.jsonl, as a PNG."""
+    panels = [(name, name.replace("_", " "), f"val_{name}") for name in names]
+    panels.append(("images_per_second", "images / second", None))
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (key, title, held_out) in zip(axes, panels):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastkd.data import ImageLoader
-from fastkd.methods.dmae import DMAE
 
 from . import checkpoint
-from .config import ConfigError, DistillConfig, problem
+from .config import ConfigError, RunConfig, problem
 from .track import RunFolder
 
 # What may differ between the two halves of a run: no weight depends on it.
@@ -19,7 +19,7 @@ _FREE = frozenset(
 )
 
 
-def checkpoint_to_resume(config: DistillConfig, run: RunFolder) -> Path | None:
+def checkpoint_to_resume(config: RunConfig, run: RunFolder) -> Path | None:
     """The checkpoint to start from, None for a new run.
 
     Raises:
@@ -39,7 +39,7 @@ def checkpoint_to_resume(config: DistillConfig, run: RunFolder) -> Path | None:
     return source
 
 
-def check_same_run(config: DistillConfig, given: dict, run: RunFolder) -> None:
+def check_same_run(config: RunConfig, given: dict, run: RunFolder) -> None:
     """ConfigError that lists every setting in which a config differs from the run that it would continue.
 
     Args:
@@ -59,7 +59,7 @@ def check_same_run(config: DistillConfig, given: dict, run: RunFolder) -> None:
 
 
 def restore(
-    source: Path, method: DMAE, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loader: ImageLoader
+    source: Path, method: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loader: ImageLoader
 ) -> dict:
     """Puts everything back to where the checkpoint was taken; returns its state (step, history, seconds ...).
 
@@ -75,7 +75,7 @@ def restore(
     options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         checkpoint.load_student(source, method.student)
-        method.aligned_feature_projection_heads.load_state_dict(state["heads"])
+        method.load_training_state(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])

@@ -8,7 +8,7 @@ a static tensor, and the scale of float16 gradients stays on the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.data import Batch
 
-from .config import DistillConfig
+from .config import RunConfig
 from .distributed import Processes
 from .track import LOSSES
 
@@ -48,7 +48,7 @@ class CudaGraphs:
         return graph.replay
 
 
-def choose_graphs(config: DistillConfig, group: Processes) -> CudaGraphs | None:
+def choose_graphs(config: RunConfig, group: Processes) -> CudaGraphs | None:
     """Graphs for one process on a GPU, unless --no-cuda-graph.
 
     Several processes run eagerly: DistributedDataParallel overlaps its all-reduce with backward.
@@ -61,9 +61,12 @@ class TrainingStep:
     """One optimiser step over `accumulate` micro-batches.
 
     Args:
-        model: a `DMAE`, bare or as `Processes.wrap` returns it.
+        model: a method, such as `DMAE`, bare or as `Processes.wrap` returns it.
         optimizer: over its parameters; with graphs one whose learning rate is a tensor (``adamw(capturable=True)``).
-        mask_ratio: share of masked patches.
+        mask_ratio: share of masked patches, for a model that is called as ``model(images, mask_ratio, keys=keys)``;
+            None calls ``model(*reads)``.
+        reads: fields of a batch that the model is called with.
+        names: of the losses in the model's result, the one to minimise first.
         amp: dtype of autocast; None computes in the dtype of the weights.
         accumulate: micro-batches per step, all of one shape.
         scaler: scales the loss for float16; default none.
@@ -76,7 +79,7 @@ class TrainingStep:
     A capture that fails is reported once; training goes on eagerly.
 
     Attributes:
-        losses: [3] float32 on the device, means over the last step in the order of ``LOSSES``; overwritten by the next.
+        losses: [number of names] float32 on the device, means over the last step; overwritten by the next.
     """
 
     WARM_UP = 3
@@ -85,8 +88,10 @@ class TrainingStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        mask_ratio: float,
+        mask_ratio: float | None,
         *,
+        names: Sequence[str] = LOSSES,
+        reads: Sequence[str] = ("images", "keys"),
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
@@ -94,12 +99,13 @@ class TrainingStep:
         graphs: CudaGraphs | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        self.model, self.optimizer, self.mask_ratio = model, optimizer, mask_ratio
+        self.model, self.optimizer, self.mask_ratio, self.names = model, optimizer, mask_ratio, tuple(names)
+        self.reads = tuple(reads)
         self.amp, self.accumulate, self.graphs = amp, accumulate, graphs
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.group = group or Processes(0, 1, self.device)
-        self.losses = torch.zeros(len(LOSSES), device=self.device)
-        self._inputs: tuple[Tensor, Tensor] | None = None
+        self.losses = torch.zeros(len(self.names), device=self.device)
+        self._inputs: tuple[Tensor, ...] | None = None
         self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
         self._done = 0
 
@@ -108,20 +114,24 @@ class TrainingStep:
         for micro, batch in zip(range(self.accumulate), batches):
             kind = micro == 0, micro == self.accumulate - 1
             if self.graphs is None:
-                self._run(batch.images, batch.keys, *kind)
+                self._run([getattr(batch, name) for name in self.reads], *kind)
             else:
                 self._run_graphed(batch, *kind)
         self._done += 1
         return self.losses
 
-    def _run(self, images: Tensor, keys: Tensor, first: bool, last: bool) -> None:
+    def _run(self, inputs: Sequence[Tensor], first: bool, last: bool) -> None:
         with self.group.synchronise(self.model, last):
             # A graph must not find 16-bit copies of weights that autocast made outside of it.
             cached = self.graphs is None
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=cached):
-                result = self.model(images, self.mask_ratio, keys=keys)
+                if self.mask_ratio is None:
+                    result = self.model(*inputs)
+                else:
+                    images, keys = inputs
+                    result = self.model(images, self.mask_ratio, keys=keys)
             self.scaler.scale(result["loss"] / self.accumulate).backward()
-        losses = torch.stack([result[name].detach().float() for name in LOSSES]) / self.accumulate
+        losses = torch.stack([result[name].detach().float() for name in self.names]) / self.accumulate
         self.losses.copy_(losses if first else self.losses + losses)
         if last:
             self.scaler.step(self.optimizer)
@@ -132,18 +142,18 @@ class TrainingStep:
     def _run_graphed(self, batch: Batch, first: bool, last: bool) -> None:
         inputs = self._load(batch)
         if self._done < self.WARM_UP:
-            return self.graphs.warm_up(partial(self._run, *inputs, first, last))
+            return self.graphs.warm_up(partial(self._run, inputs, first, last))
         if not self._replays:
             self._capture(inputs)
         if self.graphs is None:
-            return self._run(*inputs, first, last)
+            return self._run(inputs, first, last)
         self._replays[first, last]()
 
-    def _load(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _load(self, batch: Batch) -> tuple[Tensor, ...]:
         """The static buffers with a batch in them."""
         if self._inputs is None:
-            self._inputs = torch.empty_like(batch.images), torch.empty_like(batch.keys)
-        for name, buffer in zip(("images", "keys"), self._inputs):
+            self._inputs = tuple(torch.empty_like(getattr(batch, name)) for name in self.reads)
+        for name, buffer in zip(self.reads, self._inputs):
             value = getattr(batch, name)
             if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
                 raise ValueError(
@@ -153,12 +163,12 @@ class TrainingStep:
             buffer.copy_(value, non_blocking=True)
         return self._inputs
 
-    def _capture(self, inputs: tuple[Tensor, Tensor]) -> None:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         """Captures one graph per kind of micro-batch; where that fails, back to eager steps."""
         kinds = dict.fromkeys((micro == 0, micro == self.accumulate - 1) for micro in range(self.accumulate))
         try:
             for kind in kinds:  # in the order of a step: the first one makes the gradients that the others use
-                self._replays[kind] = self.graphs.capture(partial(self._run, *inputs, *kind))
+                self._replays[kind] = self.graphs.capture(partial(self._run, inputs, *kind))
         except Exception as error:
             logger.warning(
                 "the training step cannot be captured as a CUDA graph and runs eagerly, which is slower: %s: %s "

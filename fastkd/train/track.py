@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -86,8 +87,8 @@ class Reporter:
     A context manager; silent on processes that are not the main one.
     """
 
-    def __init__(self, log: Path, total: int, start: int, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, log: Path, total: int, start: int, quiet: bool = False, losses: Sequence[str] = LOSSES) -> None:
+        self.quiet, self._losses = quiet, losses
         self._console = Console(stderr=True, quiet=quiet)
         self._handlers: list[logging.Handler] = []
         if not quiet:
@@ -122,7 +123,7 @@ class Reporter:
 
     def report(self, row: dict) -> None:
         """Shows a line of metrics."""
-        losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4g}" for name in LOSSES)
+        losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4g}" for name in self._losses)
         status = f"{losses}, {row['images_per_second']:.4g} img/s, data_wait {row['data_wait']:.0%}"
         self._bar.update(self._task, status=status)
         record = f"step {row['step']} epoch {row['epoch']:.3g}: {status}, lr {row['lr']:.3g}"

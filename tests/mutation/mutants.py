@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-MASKED = "fastkd/ops/masked"
-FEATURES = "fastkd/ops/features"
-
-
-class Mutant(NamedTuple):
-    """One planted bug: `old` occurs once in `file` and becomes `new`; `tests` are arguments of pytest.
-
-    `cpu`: the CPU variant that must run, where the file is compiled in one alone.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    cpu: str = ""
+from .kinds import FEATURES, MASKED, Mutant, accuracy
+from .method_mutants import METHODS
 
 
 def golden(what: str, backend: str = "") -> tuple[str, ...]:
@@ -32,10 +16,6 @@ def models(what: str) -> tuple[str, ...]:
 
 def unpinned(what: str) -> tuple[str, ...]:
     return ("test_unpinned.py", "-k", what)
-
-
-def accuracy(op: str, backend: str) -> tuple[str, ...]:
-    return ("test_ops.py", "-k", f"test_accuracy and {op} and {backend}")
 
 
 PIXEL, ALIGN, MASKING = "masked_pixel_loss", "feature_alignment_loss", "random_masking"
@@ -245,6 +225,6 @@ CUDA = [  # the emulation compiles them for the CPU
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE + CUDA
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")

@@ -55,6 +55,19 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
+def visible_patches(op: str, num_patches: int, mask_ratio: float) -> int:
+    """`num_visible` of checked arguments."""
+    if not 0 <= mask_ratio < 1:
+        _check.fail(op, "mask_ratio", mask_ratio, "a number in [0, 1)")
+    keep = num_visible(num_patches, mask_ratio)
+    if keep == 0:
+        _check.fail(
+            op, "mask_ratio", mask_ratio, f"at most {1 - 1 / num_patches:.4g} for {num_patches} patches",
+            "no patch would be visible: lower mask_ratio or use more patches",
+        )  # fmt: skip
+    return keep
+
+
 def _reference(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
     ids_restore = torch.argsort(ids_shuffle, dim=1)
@@ -170,14 +183,7 @@ def random_masking(
     Raises:
         ValueError: mask_ratio outside [0, 1), no patch visible, noise or keys of another shape, or both of them.
     """
-    if not 0 <= mask_ratio < 1:
-        _check.fail(OP, "mask_ratio", mask_ratio, "a number in [0, 1)")
-    keep = num_visible(num_patches, mask_ratio)
-    if keep == 0:
-        _check.fail(
-            OP, "mask_ratio", mask_ratio, f"at most {1 - 1 / num_patches:.4g} for {num_patches} patches",
-            "no patch would be visible: lower mask_ratio or use more patches",
-        )  # fmt: skip
+    keep = visible_patches(OP, num_patches, mask_ratio)
     if keys is not None:
         if noise is not None:
             _check.fail(OP, "keys", "keys and noise", "one of them", "both fix the permutation")
@@ -192,6 +198,11 @@ def random_masking(
         _check.check_tensor(OP, "noise", noise, 2)
         _check.check_shape(OP, "noise", noise, (batch, num_patches), "(batch, num_patches)")
         noise = noise.detach() if device is None else noise.detach().to(device)
+    return ordered_masking(noise, keep)
+
+
+def ordered_masking(noise: Tensor, keep: int) -> Masking:
+    """Masks from any order: the `keep` patches of least noise [B, L] are visible."""
     ids_shuffle, ids_restore, mask = _op(noise, keep)
     return Masking(ids_shuffle[:, :keep], ids_restore, mask, ids_shuffle)
 

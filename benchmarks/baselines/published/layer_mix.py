@@ -1,0 +1,13 @@
+"""Layer fusion in the sequence of tensor operations of the published MaskAlign code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def published(weight: Tensor, dtype: torch.dtype | None = None, **states: Tensor) -> tuple[Tensor, ...]:
+    """All layers are stacked behind the channels, and the stack is multiplied by the weights."""
+    stack = torch.stack(list(states.values()), dim=-1)
+    mixed = stack @ weight.to(stack.dtype).t()
+    return tuple(row if dtype is None else row.to(dtype) for row in mixed.unbind(-1))

@@ -1,0 +1,82 @@
+"""Tables of what the methods do on small data, from the rows of their demos (benchmarks/results/demo_NAME.jsonl)."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import common
+from tables import markdown
+
+from fastkd.demos.compare import Metric, difference, spread, table_of, values_of
+
+
+class Method(NamedTuple):
+    """A line of the overview.
+
+    Attributes:
+        title: name in its paper.
+        needs: data and models.
+        arm: of the demo, the method itself; control: the strongest arm that has the same data without it.
+        paper: what its authors report.
+    """
+
+    title: str
+    needs: str
+    arm: str
+    control: str
+    paper: str
+
+
+METHODS: dict[str, Method] = {}
+
+
+def demo(name: str) -> tuple[dict, list[dict]]:
+    """Settings and rows of a demo's committed run; both empty where it was not run."""
+    path = common.RESULTS / f"demo_{name}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [{}]
+    return lines[0], lines[1:]
+
+
+def results(name: str) -> str | None:
+    """Every arm of a demo: mean, spread, and paired difference to its baseline."""
+    settings, rows = demo(name)
+    if not rows:
+        return None
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    metrics = [Metric(*metric) for metric in settings["metrics"]]
+    table = table_of(rows, arms, settings["baseline"], metrics, name)
+    plain = ("demo", "quick", "baseline", "metrics")
+    said = "; ".join(f"{key}: {_plain(value)}" for key, value in settings.items() if key not in plain)
+    note = "Mean ± standard deviation over seeds; paired difference ± half of its 95 % t-interval; processor seconds."
+    return f"{markdown(table.columns, table.rows, 1)}\n\n<sub>{note}</sub><br>\n<sub>{said}</sub>"
+
+
+def overview() -> str | None:
+    """All methods: what each needs, its command, our number and its paper's."""
+    lines = []
+    for name, method in METHODS.items():
+        settings, rows = demo(name)
+        if not rows:
+            continue
+        metric = Metric(*settings["metrics"][0])
+        scale = 100 if metric.percent else 1
+        mine, theirs = ([scale * v for v in values_of(rows, arm, metric.key)] for arm in (method.arm, method.control))
+        ours = f"{metric.heading}: {spread(mine)}, {difference(mine, theirs)} against {method.control}"
+        link = f"[{method.title}](methods/{name}.md)"
+        lines.append([link, method.needs, f"`fastkd demo {name}`", ours, method.paper])
+    columns = ["method", "needs", "shown by", "on our small data", "in its paper"]
+    return markdown(columns, lines, len(columns)) if lines else None
+
+
+def tables() -> dict[str, object]:
+    """Every table by the name that pages use."""
+    return {"methods": overview} | {f"demo_{name}": (lambda name=name: results(name)) for name in METHODS}
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(_plain(item) for item in value)
+    return str(value)
