@@ -11,19 +11,18 @@ from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
 from .features.at_loss import at_loss
-from .features.crd_nce_loss import crd_nce_loss, crd_normaliser
-from .features.feature_alignment import feature_alignment_loss
-from .features.hint_loss import hint_loss
-from .features.pkt_loss import pkt_loss
-from .features.rkd_loss import rkd_loss
-from .features.sp_loss import sp_loss
 from .features.cls_distillation import cls_distillation_loss
+from .features.crd_nce_loss import crd_nce_loss, crd_normaliser
 from .features.detection_consistency import objectness_consistency_loss, roi_consistency_loss
 from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
+from .features.hint_loss import hint_loss
 from .features.layer_mix import layer_mix
+from .features.pkt_loss import pkt_loss
 from .features.pseudo_label import pseudo_label
+from .features.rkd_loss import rkd_loss
+from .features.sp_loss import sp_loss
 from .features.upsample_cross_entropy import masked_consistency_loss
 from .images.resized_crop import resized_crop
 from .logits import linear_specs as _linear_specs  # noqa: F401
@@ -55,12 +54,12 @@ __all__ = [
     "attention",
     "attention_masking",
     "backend",
-    "crd_nce_loss",
-    "crd_normaliser",
     "block_mask",
     "class_vector_kd",
     "cls_attention_row",
     "cls_distillation_loss",
+    "crd_nce_loss",
+    "crd_normaliser",
     "decoder_assemble",
     "dist_loss",
     "dkd_loss",
@@ -99,10 +98,10 @@ __all__ = [
     "remove_dc",
     "residual_layer_norm",
     "resized_crop",
-    "rkd_loss",
-    "sp_loss",
     "reverse_kl_loss",
+    "rkd_loss",
     "roi_consistency_loss",
+    "sp_loss",
     "standardized_kd_loss",
     "teacher_targets",
     "tvd_loss",
