@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._op import _is_traced
-from .terms import Terms, wide
+from .terms import Terms, need_index, need_teacher, wide
 
 
 def divisor(
@@ -42,7 +42,7 @@ def check_inputs(op, student, teacher, target, terms: Terms, weight, sample_weig
     if not 0 <= terms.beta <= 1:
         _check.fail(op, "beta", terms.beta, "a number in [0, 1]")
     if teacher is None:
-        if terms.need_teacher:
+        if need_teacher(terms):
             _check.fail(op, "teacher_logits", "None", "logits, which a term with a weight needs")
     else:
         _check.check_tensor(op, "teacher_logits", teacher, ndim)
@@ -54,7 +54,7 @@ def check_inputs(op, student, teacher, target, terms: Terms, weight, sample_weig
             got = f"{teacher.dtype} with a student in {student.dtype}".replace("torch.", "")
             _check.fail(op, "teacher_logits", got, "float64 on both sides or on none", "cast one of them", TypeError)
     if target is None:
-        if terms.ce or terms.need_index:
+        if terms.ce or need_index(terms):
             _check.fail(op, "target", "None", "class indices or probabilities, which a term with a weight needs")
     elif isinstance(target, Tensor) and target.is_floating_point():
         _check.check_tensor(op, "target", target, ndim)

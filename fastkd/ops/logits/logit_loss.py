@@ -40,7 +40,7 @@ def rows(
     if terms.ce:
         scores = None if scores is None else scores.to(dtype)
         total = total + terms.ce * ce_each * _terms.cross_entropy(student, index, scores, weight, terms, ignore_index)
-    if terms.need_teacher:
+    if _terms.need_teacher(terms):
         total = total + each * _terms.distillation(student, teacher.to(dtype), index, terms, ignore_index)
     return total if sample_weight is None else total * sample_weight
 
@@ -56,7 +56,7 @@ def _gradient(
         scores = None if scores is None else scores.to(dtype)
         slope = _terms.cross_entropy_gradient(student, index, scores, weight, terms, ignore_index)
         total = total + terms.ce * ce_each * slope
-    if terms.need_teacher:
+    if _terms.need_teacher(terms):
         total = total + each * _terms.distillation_gradient(student, teacher.to(dtype), index, terms, ignore_index)
     return total if sample_weight is None else total * sample_weight[:, None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from . import arguments
 from . import logit_loss as _engine
-from .terms import Terms, wide
+from .terms import Terms, need_index, need_teacher, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -264,7 +264,7 @@ def _loss(
     index = scores = None
     if target is not None and target.is_floating_point():
         scores = target.reshape(-1, classes) if terms.ce else None
-        index = target.argmax(-1).reshape(-1) if terms.need_index else None
+        index = target.argmax(-1).reshape(-1) if need_index(terms) else None
     elif target is not None:
         index = target.reshape(-1).contiguous()
     counted = target is not None and not target.is_floating_point()
@@ -275,7 +275,7 @@ def _loss(
     rows = student.reshape(-1, classes)
     need_grad = torch.is_grad_enabled() and student.requires_grad
     tensors = (
-        rows, None if teacher is None or not terms.need_teacher else teacher.reshape(-1, classes), index, scores,
+        rows, None if teacher is None or not need_teacher(terms) else teacher.reshape(-1, classes), index, scores,
         weight, sample_weight, items,
     )  # fmt: skip
     if teacher_grad:
