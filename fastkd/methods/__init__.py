@@ -3,6 +3,7 @@
 from .dmae import DMAE
 from .kd import KD
 from .maskalign import MaskAlign
+from .mic import MaskedImageConsistency
 from .promptkd import PromptedCLIP, PromptKD, PromptStudent, PromptTuning
 from .scalekd import ScaleKD
 from .self_distillation import FurtherPretrainer
@@ -13,6 +14,7 @@ __all__ = [
     "FurtherPretrainer",
     "KD",
     "MaskAlign",
+    "MaskedImageConsistency",
     "PromptKD",
     "PromptStudent",
     "PromptTuning",
