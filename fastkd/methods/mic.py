@@ -58,6 +58,7 @@ class MaskedImageConsistency(Method):
     """
 
     losses = ("loss", "source_loss", "consistency_loss", "confidence")
+    reads = ("images", "labels", "others")
 
     def __init__(
         self,
