@@ -28,12 +28,12 @@ DEMOS = {
         "a small masked autoencoder at 75 and 95 % masking with a teacher, beside one without, on Fashion-MNIST",
         "2 minutes",
     ),
-    "mic": Demo(
-        "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
-        "5 minutes",
-    ),
     "maskalign": Demo(
         "MaskAlign, DMAE and plain MAE of a small student from one teacher with labels, on Fashion-MNIST",
+        "5 minutes",
+    ),
+    "mic": Demo(
+        "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
         "5 minutes",
     ),
     "nkd": Demo(
