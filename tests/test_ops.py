@@ -74,6 +74,9 @@ def test_input_layouts(spec, name, layout):
     for case in list(spec.cases)[:3]:
         kwargs = spec.build(spec.cases[case], torch.float32, device_of(name))
         tensors = {k: LAYOUTS[layout](v) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim}
+        if layout == "expanded" and spec.name in ("linear_cross_entropy", "linear_kl", "linear_jsd"):
+            # Equal class vectors have equal logits: no gradient reaches the input, and rounding would be compared.
+            tensors = {k: v for k, v in tensors.items() if not k.endswith("weight")}
         plain = kwargs | {k: v.contiguous() for k, v in tensors.items()}
         with backend(name), memory.canaries():
             got = evaluate(spec, spec.function, kwargs | tensors)
