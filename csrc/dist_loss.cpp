@@ -98,7 +98,7 @@ void dist_columns(const A* q, const A* p, int64_t rows, int64_t stride, int64_t 
 
 void dist_loss(const Tensor& student, const Tensor& teacher, double beta, double gamma, double temperature, double eps,
                const Tensor& grad_student, const Tensor& grad_teacher, const Tensor& loss) {
-  for_float(loss.scalar_type(), kDistOp, [&](auto type) {
+  for_wide(loss.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     constexpr int64_t block = 64;
     const int64_t rows = student.size(0), n = student.size(1), stride = round_up(n, Simd<A>::lanes);

@@ -26,7 +26,7 @@ A centre(A* x, int64_t n) {
 void logit_standardization(const Tensor& x, double eps, const Tensor& y) {
   const int64_t n = x.size(1);
   const MatrixRows in(x, kStandardOp), out(y, kStandardOp);
-  const auto run = [&](auto type) {
+  for_wide(x.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     parallel(x.size(0), 16384 / n + 1, [&](int64_t begin, int64_t end) {
       std::vector<A> line(n);
@@ -39,14 +39,13 @@ void logit_standardization(const Tensor& x, double eps, const Tensor& y) {
         out.write(row, v);
       }
     });
-  };
-  x.scalar_type() == ScalarType::Double ? run(Type<double>{}) : run(Type<float>{});
+  });
 }
 
 void logit_standardization_backward(const Tensor& grad_y, const Tensor& x, double eps, const Tensor& grad_x) {
   const int64_t n = x.size(1);
   const MatrixRows in(x, kStandardOp), above(grad_y, kStandardOp), out(grad_x, kStandardOp);
-  const auto run = [&](auto type) {
+  for_wide(x.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     parallel(x.size(0), 16384 / n + 1, [&](int64_t begin, int64_t end) {
       std::vector<A> lines(2 * n);
@@ -67,8 +66,7 @@ void logit_standardization_backward(const Tensor& grad_y, const Tensor& x, doubl
         out.write(row, g);
       }
     });
-  };
-  x.scalar_type() == ScalarType::Double ? run(Type<double>{}) : run(Type<float>{});
+  });
 }
 
 }  // namespace fastkd

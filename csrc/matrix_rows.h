@@ -5,6 +5,12 @@
 
 namespace fastkd {
 
+// Calls f(Type<double>{}) for float64, f(Type<float>{}) for any other dtype.
+template <class F>
+void for_wide(ScalarType dtype, F&& f) {
+  dtype == ScalarType::Double ? f(Type<double>{}) : f(Type<float>{});
+}
+
 class MatrixRows {
  public:
   MatrixRows(const Tensor& tensor, const char* op)

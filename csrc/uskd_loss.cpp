@@ -1,7 +1,7 @@
 // USKD: everything in double. The sort of each row takes most of the time, and ranks of exact scores have no rounding
 // that could swap neighbours.
-#include "convert.h"
 #include "exp_double.h"
+#include "matrix_rows.h"
 #include "ranked.h"
 
 #include <limits>
@@ -17,43 +17,12 @@ enum UskdColumn {
   kUskdValid, kUskdSquare, kUskdLabel = 3, kUskdValue = 5, kUskdStudent = 7, kUskdWeak = 11, kUskdColumns = 15
 };
 
-// Rows of a [N, C] tensor of any floating dtype and strides as double, padded to whole vectors with -inf.
-class UskdRows {
- public:
-  explicit UskdRows(const Tensor& tensor)
-      : tensor_(tensor), width_(tensor.size(1)), step_(tensor.stride(0)), sc_(tensor.stride(1)) {}
-
-  void read(int64_t row, double* out) const {
-    for_float(tensor_.scalar_type(), kUskdOp, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* x = data<T>(tensor_) + row * step_;
-      if (sc_ == 1) {
-        convert_row(x, width_, out);
-      } else {
-        for (int64_t i = 0; i < width_; ++i) out[i] = static_cast<double>(x[i * sc_]);
-      }
-    });
-    for (int64_t i = width_; i < round_up(width_, Simd<double>::lanes); ++i) out[i] = kUskdNothing;
-  }
-
-  // The row of a contiguous output; `narrow` is scratch of a row.
-  void write(int64_t row, const double* x, float* narrow) const {
-    for_float(tensor_.scalar_type(), kUskdOp, [&](auto type) {
-      using T = typename decltype(type)::type;
-      T* out = mutable_data<T>(tensor_) + row * width_;
-      if constexpr (sizeof(T) == 2) {
-        convert_row(x, width_, narrow);
-        convert_row(narrow, width_, out);
-      } else {
-        convert_row(x, width_, out);
-      }
-    });
-  }
-
- private:
-  const Tensor& tensor_;
-  int64_t width_, step_, sc_;
-};
+// A row as double, padded to whole vectors with -inf.
+void uskd_read(const Tensor& tensor, int64_t row, double* out) {
+  const int64_t width = tensor.size(1);
+  MatrixRows(tensor, kUskdOp).read(row, out);
+  std::fill(out + width, out + round_up(width, Simd<double>::lanes), kUskdNothing);
+}
 
 struct UskdTargets {
   int64_t label[2] = {0, -1};
@@ -145,17 +114,17 @@ void uskd_loss_rows(const Tensor& student, const Tensor& weak, const Tensor& tar
   FASTKD_CHECK(stats.size(1) == kUskdColumns, "uskd_loss", "another number of columns");
   const int64_t classes = student.size(1), padded = round_up(classes, Simd<double>::lanes);
   const bool two = target.dim() == 2;
-  for_float(stats.scalar_type(), kUskdOp, [&](auto type) {
+  for_wide(stats.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     A* out = mutable_data<A>(stats);
     parallel(student.size(0), 16384 / classes + 1, [&](int64_t begin, int64_t end) {
       std::vector<double> x(padded), scores(two ? padded : 0);
       for (int64_t row = begin; row < end; ++row) {
-        if (two) UskdRows(target).read(row, scores.data());
+        if (two) uskd_read(target, row, scores.data());
         const auto targets = uskd_targets(target, row, classes, ignore_index, two ? scores.data() : nullptr);
         A* line = out + row * kUskdColumns;
         std::fill_n(line, kUskdColumns, A(0));
-        UskdRows(student).read(row, x.data());
+        uskd_read(student, row, x.data());
         double z[2] = {};
         for (int k = 0; k < 2; ++k)
           if (targets.label[k] >= 0) z[k] = x[targets.label[k]];
@@ -169,7 +138,7 @@ void uskd_loss_rows(const Tensor& student, const Tensor& weak, const Tensor& tar
           line[kUskdValue + k] = targets.value[k];
         }
         if (!targets.known) line[kUskdSquare] = std::numeric_limits<A>::quiet_NaN();
-        UskdRows(weak).read(row, x.data());
+        uskd_read(weak, row, x.data());
         uskd_log_sums(x.data(), padded, targets, line + kUskdWeak);
       }
     });
@@ -183,7 +152,7 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
   const bool two = target.dim() == 2, with_grad = grad_student.numel() > 0;
   std::vector<double> zipf(classes), partial(batch, 0.0);
   for (int64_t i = 0; i < classes; ++i) zipf[i] = 1.0 / (1 + i);
-  for_float(loss.scalar_type(), kUskdOp, [&](auto type) {
+  for_wide(loss.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     const A *lines = data<A>(stats), *total = data<A>(sums), *shared = data<A>(means);
     double mean[2];
@@ -193,7 +162,6 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
       std::vector<double> scratch(6 * padded);
       double *z = scratch.data(), *u = z + padded, *rest = u + padded, *w = rest + padded, *y = w + padded,
              *zeta = y + padded;
-      std::vector<float> narrow(classes);
       std::vector<int32_t> ranks(classes);
       Ranked ranked(classes);
       for (int64_t row = begin; row < end; ++row) {
@@ -201,7 +169,7 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
         if (line[kUskdValid] == 0) {
           std::fill_n(z, classes, 0.0);
           for (const Tensor* grad : {&grad_student, &grad_weak})
-            if (with_grad) UskdRows(*grad).write(row, z, narrow.data());
+            if (with_grad) MatrixRows(*grad, kUskdOp).write(row, z);
           continue;
         }
         UskdTargets targets;
@@ -210,10 +178,10 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
           targets.label[k] = static_cast<int64_t>(line[kUskdLabel + k]), targets.value[k] = line[kUskdValue + k];
           if (targets.removed(k)) p[k] = line[kUskdSquare + k] + targets.value[k] - mean[k], p_sum += p[k];
         }
-        UskdRows(student).read(row, z);
-        UskdRows(weak).read(row, u);
+        uskd_read(student, row, z);
+        uskd_read(weak, row, u);
         if (two) {
-          UskdRows(target).read(row, y);
+          uskd_read(target, row, y);
           score_sum = std::accumulate(y, y + classes, 0.0);
         } else {
           std::fill_n(y, classes, 0.0);
@@ -265,8 +233,8 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
         }
         for (int k = 0; k < 2; ++k)
           if (targets.removed(k)) rest[targets.label[k]] += all * q[k] - alpha * p[k];
-        UskdRows(grad_student).write(row, rest, narrow.data());
-        UskdRows(grad_weak).write(row, w, narrow.data());
+        MatrixRows(grad_student, kUskdOp).write(row, rest);
+        MatrixRows(grad_weak, kUskdOp).write(row, w);
       }
     });
     // Summed in row order: the same bits for any number of threads.

@@ -32,6 +32,10 @@ DEMOS = {
         "MaskAlign, DMAE and plain MAE of a small student from one teacher with labels, on Fashion-MNIST",
         "5 minutes",
     ),
+    "mic": Demo(
+        "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
+        "5 minutes",
+    ),
     "nkd": Demo(
         "a small network learns Fashion-MNIST from a larger one by NKD, KD and DKD, beside cross entropy",
         "5 minutes",

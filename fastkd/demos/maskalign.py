@@ -61,7 +61,7 @@ class Config(CompareConfig):
 
     out: Path = Path("runs/demo_maskalign")
     """Folder for rows and tables; finished rows of the same settings are kept, so that a run can be continued."""
-    steps: int = 300
+    steps: int = 250
     """Training steps of each student."""
     batch_size: int = 128
     """Pictures per step."""

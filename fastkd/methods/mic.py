@@ -50,8 +50,8 @@ class MaskedImageConsistency(Method):
         ignore_index: label that is left out, but counts in the mean.
         masked: which images are learnt from masked: ``"target"`` with the teacher's labels, ``"source"`` with the given
             ones, or ``"both"``: the first half of the source batch and the second half of the target batch.
-        jitter, blur: strength of the colour jitter, and share of blurred images, in the student's view of targets;
-            0 leaves them as they are.
+        jitter, blur: strength of the colour jitter, and share of blurred images, in the student's view of what is
+            masked; 0 leaves the images as they are.
         mean, std: pixel statistics of the student.
 
     `state_dict()` holds the student and the teacher: a resumed run goes on with the same teacher.
@@ -126,8 +126,14 @@ class MaskedImageConsistency(Method):
         if target_images is None:
             return {"loss": source_loss, "source_loss": source_loss, "consistency_loss": zero, "confidence": zero}
         with record_function("fastkd.consistency"):
-            seen, label, trust = self._to_match(images, target, self.prepare(target_images), valid_mask)
-            hidden = mask_image(seen, self.block_size, self.mask_ratio, noise=noise)
+            whole, label, trust = self._to_match(images, target, self.prepare(target_images), valid_mask)
+            if self.jitter or self.blur:
+                probability = 0.8 if self.jitter else 0.0
+                whole = student_view(
+                    whole, self.mean, self.std, strength=self.jitter, jitter_probability=probability,
+                    blur_probability=self.blur,
+                )  # fmt: skip
+            hidden = mask_image(whole, self.block_size, self.mask_ratio, noise=noise)
             consistency_loss = self._entropy(self.student(hidden), label, trust)
         return {
             "loss": source_loss + self.weight * consistency_loss,
@@ -142,7 +148,7 @@ class MaskedImageConsistency(Method):
     def _to_match(
         self, images: Tensor, target: Tensor, target_images: Tensor, valid_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(images before masking, labels, trust) that the student learns from."""
+        """(images before view and mask, labels, trust) that the student learns from."""
         if self.masked == "source":
             return images, target, None
         options = dict(self.trust)
@@ -150,21 +156,17 @@ class MaskedImageConsistency(Method):
             options |= dict(valid_mask=valid_mask, size=tuple(target_images.shape[2:]))
         with record_function("fastkd.teacher"):
             label, trust = pseudo_label(self.teacher(target_images), **options)
-        seen = target_images
-        if self.jitter or self.blur:
-            seen = student_view(
-                target_images, self.mean, self.std, strength=self.jitter,
-                jitter_probability=0.8 if self.jitter else 0.0, blur_probability=self.blur,
-            )  # fmt: skip
         if self.masked == "target":
-            return seen, label, trust
+            return target_images, label, trust
         half = len(images) // 2
         if half == 0 or images.shape != target_images.shape:
             raise ValueError(
                 f"MaskedImageConsistency: target_images: got shape {tuple(target_images.shape)} with source images "
                 f"{tuple(images.shape)}, expected the same shape and two images or more with masked='both'"
             )
-        joined = (torch.cat((a[:half], b[half:])) for a, b in ((images, seen), (target.to(label.dtype), label)))
+        joined = (
+            torch.cat((a[:half], b[half:])) for a, b in ((images, target_images), (target.to(label.dtype), label))
+        )
         return *joined, torch.cat((torch.ones_like(trust[:half]), trust[half:]))
 
     def after_step(self, step: int) -> None:

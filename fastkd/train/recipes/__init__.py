@@ -17,6 +17,7 @@ METHODS = {
     ),
     "mic": ("fastkd.train.recipes.mic:MICConfig", "a classifier for a domain without labels, from its own average"),
     "nkd": ("fastkd.train.recipes.nkd:NKDConfig", "any timm classifier from any other by the normalised loss"),
+    "promptkd": ("fastkd.train.recipes.promptkd:PromptKDConfig", "the prompts of a CLIP from those of a larger one"),
     "scalekd": ("fastkd.train.recipes.scalekd:ScaleKDConfig", "any timm classifier from the features of a Swin or ViT"),
     "selfdist": ("fastkd.train.recipes.selfdist:SelfDistillationConfig", "a masked autoencoder, further, from itself"),
     "uskd": ("fastkd.train.recipes.nkd:USKDConfig", "a classifier with soft labels of its own making, no teacher"),
