@@ -28,6 +28,10 @@ DEMOS = {
         "a small masked autoencoder at 75 and 95 % masking with a teacher, beside one without, on Fashion-MNIST",
         "2 minutes",
     ),
+    "scalekd": Demo(
+        "a small vision transformer teaches a small convolutional network through features, with 100 labelled digits",
+        "3 minutes",
+    ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
         "4 minutes",
