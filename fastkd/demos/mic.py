@@ -32,8 +32,8 @@ UNTRAINED, SOURCE, MASKED_SOURCE, PLAIN, MIC, ORACLE = (
 CHOSEN: dict[str, dict[str, Any]] = {
     UNTRAINED: dict(),
     SOURCE: dict(lr=3e-3),
-    MASKED_SOURCE: dict(lr=3e-3, block_size=8, mask_ratio=0.5),
-    PLAIN: dict(lr=3e-3, weight=1.0),
+    MASKED_SOURCE: dict(lr=3e-3, block_size=8, mask_ratio=0.7),
+    PLAIN: dict(lr=3e-3, weight=0.3, threshold=0.968),
     MIC: dict(lr=3e-3, weight=1.0, block_size=8, mask_ratio=0.5),
     ORACLE: dict(lr=3e-3),
 }
