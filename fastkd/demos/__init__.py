@@ -34,7 +34,7 @@ DEMOS = {
     ),
     "mic": Demo(
         "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
-        "5 minutes",
+        "6 minutes",
     ),
     "nkd": Demo(
         "a small network learns Fashion-MNIST from a larger one by NKD, KD and DKD, beside cross entropy",
