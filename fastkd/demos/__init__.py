@@ -30,6 +30,6 @@ DEMOS = {
     ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
-        "4 minutes",
+        "6 minutes",
     ),
 }
