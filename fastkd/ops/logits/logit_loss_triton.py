@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from .logit_row_triton import (
-    NOTHING, centred, combined, cross_entropy, distillation, exponentials, gradient_numbers, ratio, row_numbers, sums,
+    NOTHING,
+    centred,
+    combined,
+    cross_entropy,
+    distillation,
+    exponentials,
+    gradient_numbers,
+    ratio,
+    row_numbers,
+    sums,
     target_slope,
 )  # fmt: skip
 from .terms import Terms
@@ -431,8 +440,8 @@ def _split_rows(
             INDEX=common["INDEX"], **centre, **several, enable_fp_fusion=True,
         )  # fmt: skip
     _split_kernel[grid if common["GRAD"] else (rows, 1)](
-        *inputs, sample_weight, items, counts, partial, at_target, slopes, losses, divisors, grad, *shape, parts, splits,
-        fixed, *numbers, **common, **several,
+        *inputs, sample_weight, items, counts, partial, at_target, slopes, losses, divisors, grad, *shape, parts,
+        splits, fixed, *numbers, **common, **several,
     )  # fmt: skip
 
 

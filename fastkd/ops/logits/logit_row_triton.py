@@ -93,7 +93,7 @@ def sums(z, v, t, z_base, v_base, exps, TEACHER: tl.constexpr, HOT: tl.constexpr
     # Of e, f, f (b - a), f a, e (a - b), hot e, hot f, t, t (z - base): nine numbers a row.
     a, e, f, hot, back = exps
     e_sum = tl.sum(e, axis=1)
-    none = e_sum * 0.0
+    none = tl.zeros_like(e_sum)
     f_sum, f_gap, f_a, e_gap, hot_f, t_sum, t_z = none, none, none, none, none, none, none
     if TEACHER:
         f_sum = tl.sum(f, axis=1)
@@ -163,7 +163,7 @@ def centred(e, f, back, q_of_e, p_of_f, k_reverse, k_jsd, k_tvd, beta, REVERSE: 
     # Terms whose gradient is q (G - mean of G): their losses, class by class, and G. Any shapes that fit.
     q = e * q_of_e
     p = f * p_of_f
-    loss = q * 0.0
+    loss = tl.zeros_like(q)
     slope = loss
     if REVERSE:
         slope = tl.where(e != 0.0, k_reverse * back, 0.0)
@@ -193,7 +193,7 @@ def distillation(sums, numbers, k_kl, k_reverse, k_dkd, k_dkd_rest, k_nkd, k_nkd
     # Without the losses of `centred`, save reverse KL.
     q, p, hot, log_e, log_f, log_hot, confidence = numbers
     e, f, f_gap, f_a, e_gap = sums[0], sums[1], sums[2], sums[3], sums[4]
-    loss = log_e * 0.0
+    loss = tl.zeros_like(log_e)
     if TEACHER:
         rest = tl.where(f != 0.0, ratio(f_gap, f) - log_f + log_e, 0.0)
         target = weighted(p[0], p[2] - q[2]) + weighted(p[1], p[3] - q[3])
@@ -226,8 +226,8 @@ def gradient_numbers(sums, numbers, t_y, mean, slope_y, scale, ce, k_kl, k_dkd, 
     of_hot = (ce * (t + t_y) + nkd) * ratio(hot[1], hot_e)
     of_e = of_hot
     if HOT:
-        of_e = of_hot * 0.0
-    of_f = of_e * 0.0
+        of_e = tl.zeros_like(of_hot)
+    of_f = tl.zeros_like(of_e)
     of_slope = of_f
     if TEACHER:
         q_of_e, p_of_f = ratio(q[1], e), ratio(p[1], f)
