@@ -7,24 +7,33 @@
 namespace fastkd {
 namespace {
 
-// Rows [first, first + lanes) of one sample's list; what lies behind the list has slope 0.
-template <class A, class T>
-struct ContrastBlock {
-  static constexpr int64_t lanes = Simd<A>::lanes;
-  const A* rows[lanes];
-  alignas(64) A u[lanes] = {};
-
-  void gather(const T* bank, const int64_t* index, int64_t count, int64_t width, const A* f, A* scratch) {
-    for (int64_t k = 0; k < count; ++k) {
-      const T* row = bank + index[k] * width;
-      rows[k] = read_line(row, width, 1, scratch + k * width);
-      A dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t c = 0; c < width; ++c) dot += rows[k][c] * f[c];
-      u[k] = dot;
-    }
+template <class A>
+inline A dot_product(const A* a, const A* b, int64_t n) {
+  using S = Simd<A>;
+  typename S::type even{}, odd{};
+  int64_t c = 0;
+  for (; c + 2 * S::lanes <= n; c += 2 * S::lanes) {
+    even += S::load(a + c) * S::load(b + c);
+    odd += S::load(a + c + S::lanes) * S::load(b + c + S::lanes);
   }
-};
+  A sum = sum_of_lanes<A>(even + odd);
+  for (; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+// out += the sum of weight * row, a vector of columns at a time in a register.
+template <class A>
+inline void add_weighted(const A* const* rows, const A* weights, int64_t count, int64_t n, A* out) {
+  using S = Simd<A>;
+  int64_t c = 0;
+  for (; c + S::lanes <= n; c += S::lanes) {
+    auto sum = S::load(out + c);
+    for (int64_t k = 0; k < count; ++k) sum += S::load(rows[k] + c) * weights[k];
+    S::store(out + c, sum);
+  }
+  for (; c < n; ++c)
+    for (int64_t k = 0; k < count; ++k) out[c] += weights[k] * rows[k][c];
+}
 
 inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
@@ -37,31 +46,30 @@ double contrast_sample(const A* f, const T* bank, const int64_t* index, int64_t 
   using S = Simd<A>;
   using V = typename S::type;
   constexpr int64_t lanes = S::lanes;
-  ContrastBlock<A, T> block;
+  const A* rows[lanes];
+  alignas(64) A u[lanes] = {}, sign[lanes], weights[lanes];
   std::fill_n(grad, width, A(0));
   double total = 0;
   for (int64_t first = 0; first < columns; first += lanes) {
     const int64_t count = std::min(lanes, columns - first);
     for (int64_t k = first + lanes; k < std::min(first + 2 * lanes, columns); ++k)
       prefetch_row(bank + index[k] * width, width * sizeof(T));
-    block.gather(bank, index + first, count, width, f, scratch);
-    alignas(64) A sign[lanes];
+    for (int64_t k = 0; k < count; ++k) {
+      rows[k] = read_line(bank + index[first + k] * width, width, 1, scratch + k * width);
+      u[k] = dot_product(rows[k], f, width);
+    }
     for (int64_t k = 0; k < lanes; ++k) sign[k] = first + k == 0 ? A(-1) : A(1);
     // softplus(v) = max(v, 0) + log(1 + e^-|v|), v = -u for the positive
-    const V v = (S::load(block.u) * inverse - shift) * S::load(sign), zero{};
-    const V e = exp(v < zero ? v : -v), above = e + A(1);
-    const V slope = S::load(sign) * ((v > zero ? zero + A(1) : e) / above), positive = v > zero ? v : zero;
+    const V v = (S::load(u) * inverse - shift) * S::load(sign), zero{};
+    const V e = exp(v < zero ? v : -v), above = e + A(1), positive = v > zero ? v : zero;
+    S::store(weights, S::load(sign) * ((v > zero ? zero + A(1) : e) / above));
     double product = 1;  // of numbers between 1 and 2: one logarithm for all
     for (int64_t k = 0; k < count; ++k) {
       total += positive[k];
       product *= above[k];
     }
     total += std::log(product);
-    for (int64_t k = 0; k < count; ++k) {
-      const A weight = slope[k], *row = block.rows[k];
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) grad[c] += weight * row[c];
-    }
+    add_weighted(rows, weights, count, width, grad);
   }
   return total;
 }

@@ -55,8 +55,7 @@ struct Relations {
       }
     }
     for (int m = 0; m < COUNT; ++m) {
-      A sum = 0;
-      for (int64_t lane = 0; lane < S::lanes; ++lane) sum += sums[m][lane];
+      const A sum = sum_of_lanes<A>(sums[m]);
       squares[i * stride + j + m] = squares[(j + m) * stride + i] = sum;
       if (sum > eps) roots[i * stride + j + m] = roots[(j + m) * stride + i] = 1 / std::sqrt(sum);
     }
@@ -130,11 +129,8 @@ double angle_row(const Relations<A>& s, const Relations<A>& t, int64_t j, A* by_
       slope += h * (w_s - cos_s * curvature);
       S::store(by_far + k, S::load(by_far + k) - h * w_s);
     }
-    by_edge[i] = 0;
-    for (int64_t lane = 0; lane < S::lanes; ++lane) {
-      by_edge[i] += slope[lane];
-      total += value[lane];
-    }
+    by_edge[i] = sum_of_lanes<A>(slope);
+    total += sum_of_lanes<A>(value);
   }
   return total;
 }

@@ -1,8 +1,8 @@
-"""What demos of classifiers share: a small convolutional network, its training, its held-out accuracy."""
+"""What demos of classifiers share: scikit-learn's digits, a small network, its training, its held-out accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,76 +11,84 @@ from fastkd.methods._method import Method
 from fastkd.train.optimizer import set_lr
 from fastkd.train.schedule import lr_at
 
-from .pictures import Pictures
-from .training import seeded, statistics
+from .training import seeded
 
 
-class ConvNet(nn.Module):
-    """Three stages of two convolutions each, at a half, a quarter and an eighth of the resolution; a linear head.
+class Digits(NamedTuple):
+    """A split of the 1,797 digits, balanced in no part but the labelled one.
 
-    Args:
-        width: channels of the first stage; each later one has twice as many.
-        classes: number of classes.
+    Attributes:
+        images: float [N, 1, 8, 8] in [0, 1]; the first pictures are the labelled ones.
+        labels: int64 [N] of all of them, of which students may use the first `labelled`.
+        labelled: how many pictures have a label.
+        test_images, test_labels: held out.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        widths = [1, width, 2 * width, 4 * width]
-        self.stages = nn.Sequential(*(self._stage(a, b) for a, b in zip(widths, widths[1:])))
-        self.head = nn.Linear(widths[-1], classes)
+    images: Tensor
+    labels: Tensor
+    labelled: int
+    test_images: Tensor
+    test_labels: Tensor
 
-    @staticmethod
-    def _stage(in_chans: int, out_chans: int) -> nn.Sequential:
-        layers = []
-        for a, stride in ((in_chans, 2), (out_chans, 1)):
-            layers += [nn.Conv2d(a, out_chans, 3, stride, 1, bias=False), nn.BatchNorm2d(out_chans), nn.ReLU()]
-        return nn.Sequential(*layers)
+
+def digits(seed: int, each: int, held_out: int = 600) -> Digits:
+    """A split that depends on the seed: `held_out` pictures aside, of the others `each` with a label per class."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = torch.from_numpy(data.images / 16).float()[:, None], torch.from_numpy(data.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    test, train = order[:held_out], order[held_out:]
+    chosen = torch.zeros(len(train), dtype=torch.bool)
+    for digit in range(10):
+        chosen[(labels[train] == digit).nonzero()[:each, 0]] = True
+    train = torch.cat((train[chosen], train[~chosen]))
+    return Digits(images[train], labels[train], int(chosen.sum()), images[test], labels[test])
+
+
+class MLP(nn.Module):
+    """Two hidden layers, which are its stages, and a linear head."""
+
+    def __init__(self, width: int, inputs: int = 64, classes: int = 10) -> None:
+        super().__init__()
+        layers = (nn.Sequential(nn.Linear(a, width), nn.ReLU()) for a in (inputs, width))
+        self.stages = nn.Sequential(*layers)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.stages(images).mean((2, 3)))
+        return self.head(self.stages(images.flatten(1)))
 
 
-def network(width: int, seed: int, classes: int = 10) -> ConvNet:
+def network(width: int, seed: int) -> MLP:
     """A new network; its weights depend on `width` and `seed` alone."""
     with seeded(seed):
-        return ConvNet(width, classes)
-
-
-def normalised(train: Pictures, test: Pictures) -> tuple[Tensor, Tensor]:
-    """Float [N, 1, H, W] pictures of both parts, with the mean and deviation of the first."""
-    known = statistics(train.images)
-    mean, std = (torch.tensor(known[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    return tuple((part.images.permute(0, 3, 1, 2).float() / 255 - mean) / std for part in (train, test))
+        return MLP(width)
 
 
 def fit(
     method: Method, images: Tensor, target: Tensor, *, steps: int, lr: float, seed: int, batch_size: int = 64,
-    weight_decay: float = 0.05, mix: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
+    noise: float = 0.0,
 ) -> None:  # fmt: skip
-    """Trains in place: AdamW, warm-up over a tenth, half a cosine to 0; batches and flips depend on the seed alone."""
+    """Trains in place: Adam, warm-up over a tenth, half a cosine to 0; batches depend on the seed alone.
+
+    Args:
+        noise: standard deviation of what is added to each pixel.
+    """
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(method.parameters(), lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.Adam(method.parameters(), lr, fused=True)
     method.train()
     for step in range(steps):
         set_lr(optimizer, lr_at(step + 0.5, lr=lr, warmup_epochs=steps / 10, epochs=steps))
         index = torch.randint(len(images), (batch_size,), generator=random)
-        flip = torch.rand(batch_size, 1, 1, 1, generator=random) < 0.5
         batch = images[index]
-        batch, wanted = torch.where(flip, batch.flip(3), batch), target[index]
-        if mix is not None:
-            batch, wanted = mix(batch, wanted, random)
+        if noise:
+            batch = batch + noise * torch.randn(batch.shape, generator=random)
         optimizer.zero_grad()
-        method(batch, wanted)["loss"].backward()
+        method(batch, target[index])["loss"].backward()
         optimizer.step()
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits [N, classes] in eval mode."""
-    model.eval()
-    return torch.cat([model(part) for part in images.split(500)])
-
-
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of pictures that are classified correctly, in [0, 1]."""
-    return (logits_of(model, images).argmax(1) == labels).float().mean().item()
+def accuracy(model: nn.Module, data: Digits) -> float:
+    """Share of the held-out pictures that are classified correctly, in [0, 1]."""
+    return (model.eval()(data.test_images).argmax(1) == data.test_labels).float().mean().item()

@@ -48,7 +48,7 @@ RATES = [dict(lr=lr) for lr in (3e-3, 6e-3, 1.2e-2)]
 CANDIDATES: dict[str, list[dict[str, float]]] = {
     MAE: RATES,
     LABELS: RATES,
-    DISTILLED: [dict(rate, alpha=alpha) for rate in RATES[:2] for alpha in (10.0, 30.0, 100.0)],
+    DISTILLED: [dict(rate, alpha=alpha) for rate in RATES[:2] for alpha in (30.0, 100.0)],
     RANDOM: RATES,
     ATTENTION: RATES,
 }
