@@ -25,6 +25,8 @@ def of(op: str, device: str) -> dict[str, Callable]:
         found["liger"] = liger_layer_norm
     if op == "linear_cross_entropy" and on_gpu and installed("liger_kernel"):
         found["liger"] = liger_linear_cross_entropy
+    if op == "logit_loss" and on_gpu and installed("liger_kernel"):
+        found["liger"] = liger_divergence
     if op == "linear_jsd" and installed("liger_kernel"):
         found["liger"] = liger_linear_jsd
     return found
@@ -93,3 +95,16 @@ def liger_linear_jsd(
     options = dict(beta=beta, temperature=temperature, compiled=student_input.is_cuda)
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=ce_weight, weight_soft_loss=1.0, **options)
     return loss(student_input, student_weight, teacher_input, teacher_weight, target, student_bias).float()
+
+
+def liger_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, kl: float = 0.0, jsd: float = 0.0, temperature: float = 1.0
+) -> Tensor:
+    """Liger-Kernel's divergences, which take the log-probabilities of both sides; without a target there is no ce."""
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+    log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (student_logits, teacher_logits))
+    square = temperature**2
+    if kl:
+        return kl * square * LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_q, log_p)
+    return jsd * square * LigerJSD(beta=0.5)(log_q, log_p)

@@ -76,4 +76,17 @@ inline void add_row(const Half* x, int64_t n, float* sum) {
 }
 #endif
 
+// The line itself where it is dense and in A already, else a converted copy.
+template <class A, class T>
+inline const A* read_line(const T* x, int64_t n, int64_t stride, A* buffer) {
+  if constexpr (std::is_same_v<A, std::remove_const_t<T>>)
+    if (stride == 1) return x;
+  if (stride == 1) {
+    convert_row(x, n, buffer);
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<A>(x[i * stride]);
+  }
+  return buffer;
+}
+
 }  // namespace fastkd

@@ -9,11 +9,12 @@ namespace fastkd {
 inline Simd<double>::type exp_double(Simd<double>::type x) {
   using S = Simd<double>;
   typedef uint64_t Bits __attribute__((vector_size(64)));
-  constexpr double inverse_factorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                          1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-                                          1.0 / 6,          0.5,             1.0,            1.0};
+  constexpr double inverse_factorial[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
   const auto underflow = x < -700.0;
-  const S::type inside = underflow ? S::type{} : x, magic = S::splat(6755399441055744.0);  // 1.5 * 2^52: adding it rounds
+  const S::type inside = underflow ? S::type{} : x;
+  const S::type magic = S::splat(6755399441055744.0);  // 1.5 * 2^52: adding it rounds
   const S::type shifted = inside * 1.44269504088896341 + magic, n = shifted - magic;
   const S::type r = (inside - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
   S::type p{};

@@ -10,7 +10,23 @@ constexpr const char* kGatherOp = "gather_whiten_smooth_l1";
 
 // The orders of NORMS and LOSSES in fastkd/ops/features/gather_whiten.py.
 enum TeacherNorm : int { kWhiten, kUnitLength, kAsIs, kBatchWide };
-enum GatherLoss : int { kTwiceSmoothL1, kSquare, kAbsolute };
+enum GatherLoss : int { kTwiceSmoothL1, kSquared, kAbsolute };
+
+// Sum of term(i) over [0, n), in four running sums: a single one would wait for each of its additions.
+template <class A, class F>
+A sum_terms(int64_t n, const F& term) {
+  const int64_t q = n / 4;
+  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < q; ++i) {
+    s0 += term(i);
+    s1 += term(q + i);
+    s2 += term(2 * q + i);
+    s3 += term(3 * q + i);
+  }
+  for (int64_t i = 4 * q; i < n; ++i) s0 += term(i);
+  return (s0 + s1) + (s2 + s3);
+}
 
 template <class A>
 class GatheredRows {
@@ -45,15 +61,11 @@ class GatheredRows {
     const A *y = student_.read(row, scratch), *t = teacher_.read(source, scratch + n);
     A shift = mean_, factor = factor_;
     if (norm_ == kWhiten) {
-      shift = sum(t, n) / n;
-      A squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < n; ++i) squares += (t[i] - shift) * (t[i] - shift);
+      shift = sum_terms<A>(n, [&](int64_t i) { return t[i]; }) / n;
+      const A squares = sum_terms<A>(n, [&](int64_t i) { return (t[i] - shift) * (t[i] - shift); });
       factor = A(1) / std::sqrt(squares / n + A(1e-5));
     } else if (norm_ == kUnitLength) {
-      A squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < n; ++i) squares += t[i] * t[i];
+      const A squares = sum_terms<A>(n, [&](int64_t i) { return t[i] * t[i]; });
       factor = A(1) / std::max(std::sqrt(squares), A(1e-12));
     }
 #pragma omp simd
@@ -61,13 +73,6 @@ class GatheredRows {
   }
 
  private:
-  static A sum(const A* x, int64_t n) {
-    A total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; ++i) total += x[i];
-    return total;
-  }
-
   int64_t patch(int64_t b, int64_t j) const { return ids_[b * ids_b_ + j * ids_k_]; }
 
   Rows<A> student_, teacher_;
@@ -78,21 +83,12 @@ class GatheredRows {
 
 template <class A>
 A gather_sum(int64_t kind, const A* d, int64_t n) {
-  A sum = 0;
-  if (kind == kTwiceSmoothL1) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) {
-      const A size = std::fabs(d[i]);
-      sum += size < A(1) ? d[i] * d[i] : A(2) * size - A(1);
-    }
-  } else if (kind == kSquare) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += d[i] * d[i];
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += std::fabs(d[i]);
-  }
-  return sum;
+  if (kind == kSquared) return sum_terms<A>(n, [&](int64_t i) { return d[i] * d[i]; });
+  if (kind == kAbsolute) return sum_terms<A>(n, [&](int64_t i) { return std::fabs(d[i]); });
+  return sum_terms<A>(n, [&](int64_t i) {
+    const A size = std::fabs(d[i]);
+    return size < A(1) ? size * size : A(2) * size - A(1);
+  });
 }
 
 template <class A>
@@ -100,7 +96,7 @@ void gather_gradient(int64_t kind, const A* d, int64_t n, A scale, A* out) {
   if (kind == kTwiceSmoothL1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * (d[i] > A(1) ? A(1) : d[i] < A(-1) ? A(-1) : d[i]);
-  } else if (kind == kSquare) {
+  } else if (kind == kSquared) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = A(2) * scale * d[i];
   } else {

@@ -175,7 +175,11 @@ struct Lines {
   void add_hot_teacher(Sums<A>& s) const {
     const A zero = Row<A>::at(s.teacher_base);
     double sum = 0;
-    for (int64_t i = 0; i < padded; i += S::lanes) sum += total(exp(S::load(v + i) - zero));
+    for (int64_t begin = 0; begin < padded; begin += kChunk) {
+      V part{};
+      for (int64_t i = begin; i < std::min(begin + kChunk, padded); i += S::lanes) part += exp(S::load(v + i) - zero);
+      sum += total(part);
+    }
     s.f_hot = A(sum);
   }
 
@@ -206,14 +210,18 @@ struct Lines {
   // G of the classes, and what they add to the losses and to sum e G.
   void slopes(const Row<A>& r, double& loss, double& mean) {
     const A* term = o.term;
-    for (int64_t i = 0; i < padded; i += S::lanes) {
-      const V e = S::load(z + i), q = e * r.q_of_e, p = S::load(v + i) * r.p_of_f;
-      const Centred<A, V> x(term, q, p);
-      V g = x.slope;
-      if (o.reverse) g += term[kReverseKl] * S::load(slope + i);
-      S::store(slope + i, g);
-      loss += total(term[kJsd] * x.jsd + (A(0.5) * term[kTvd]) * x.tvd);
-      mean += total(e * g);
+    for (int64_t begin = 0; begin < padded; begin += kChunk) {
+      V jsd{}, tvd{}, weighted{};
+      for (int64_t i = begin; i < std::min(begin + kChunk, padded); i += S::lanes) {
+        const V e = S::load(z + i), q = e * r.q_of_e, p = S::load(v + i) * r.p_of_f;
+        const Centred<A, V> x(term, q, p);
+        V g = x.slope;
+        if (o.reverse) g += term[kReverseKl] * S::load(slope + i);
+        S::store(slope + i, g);
+        jsd += x.jsd, tvd += x.tvd, weighted += e * g;
+      }
+      loss += term[kJsd] * total(jsd) + A(0.5) * term[kTvd] * total(tvd);
+      mean += total(weighted);
     }
   }
 

@@ -57,7 +57,6 @@ struct Odds {
     rest = leads ? small * big : big;
     log_p = leads ? -both : -size - both;
     log_rest = leads ? -size - both : -both;
-    if (std::isnan(x)) p = rest = log_p = log_rest = x;
   }
 };
 

@@ -12,11 +12,14 @@
 #include "masked_pixel_loss.cpp"
 #include "visible_patch_embed.cpp"
 #include "decoder_assemble.cpp"
+#include "dist_loss.cpp"
 #include "dual_view.cpp"
 #include "feature_alignment.cpp"
+#include "at_loss.cpp"
 #include "attention.cpp"
 #include "class_vectors.cpp"
 #include "column_sum.cpp"
+#include "crd_nce_loss.cpp"
 #include "ema_update.cpp"
 #include "gather_whiten.cpp"
 #include "gelu.cpp"
@@ -26,10 +29,12 @@
 #include "linear_loss.cpp"
 #include "linear_pixel_loss.cpp"
 #include "logit_loss.cpp"
+#include "logit_standardization.cpp"
 #include "mlp.cpp"
 #include "pseudo_label.cpp"
 #include "residual_layer_norm.cpp"
 #include "resized_crop.cpp"
+#include "rkd_loss.cpp"
 #include "uskd_loss.cpp"
 #include "upsample_cross_entropy.cpp"
 #endif
@@ -70,7 +75,11 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
   m.def("attention_backward(Tensor grad_out, Tensor query, Tensor key_value, Tensor lse, int num_heads, "
         "Tensor(a!) grad_query, Tensor(b!) grad_key_value) -> ()");
 #ifndef FASTKD_CUDA
+  m.def("at_loss(Tensor student, Tensor teacher, float p, bool paper, Tensor(a!) loss, Tensor(b!) q) -> ()");
+  m.def("at_loss_backward(Tensor grad_loss, Tensor student, Tensor q, float p, Tensor(a!) grad_student) -> ()");
   m.def("column_sum(Tensor x, Tensor(a!) out) -> ()");
+  m.def("crd_nce_loss(Tensor feature, Tensor bank, Tensor index, Tensor shift, float temperature, float constant, "
+        "Tensor(a!) grad_feature, Tensor(b!) loss) -> ()");
   m.def("dual_view_target(Tensor teacher, Tensor(a!) mean, Tensor(b!) inverse_norms) -> ()");
   m.def("dual_view_loss(Tensor plain, Tensor? alt, Tensor teacher, Tensor teacher_mean, Tensor teacher_inverse, "
         "float alpha_plain, float alpha_alt, Tensor(a!) mean, Tensor(b!) rows, Tensor(c!) losses) -> ()");
@@ -121,6 +130,12 @@ STABLE_TORCH_LIBRARY(FASTKD_LIBRARY, m) {
         "Tensor stats, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? grad_delta, Tensor(d!) grad_x) -> ()");
   m.def("resized_crop(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flip, int[] max_box, "
         "Tensor(a!) out) -> ()");
+  m.def("rkd_loss(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool squared, float eps, "
+        "Tensor(a!) laplacian, Tensor(b!) loss) -> ()");
+  m.def("dist_loss(Tensor student, Tensor teacher, float beta, float gamma, float temperature, float eps, "
+        "Tensor(a!) grad_student, Tensor(b!) grad_teacher, Tensor(c!) loss) -> ()");
+  m.def("logit_standardization(Tensor x, float eps, Tensor(a!) y) -> ()");
+  m.def("logit_standardization_backward(Tensor grad_y, Tensor x, float eps, Tensor(a!) grad_x) -> ()");
   m.def("uskd_loss_rows(Tensor student, Tensor weak, Tensor target, int ignore_index, Tensor(a!) stats) -> ()");
   m.def("uskd_loss(Tensor student, Tensor weak, Tensor target, Tensor stats, Tensor sums, Tensor means, float alpha, "
         "float beta, float mu, float ce_weight, int rank_score, Tensor(a!) grad_student, Tensor(b!) grad_weak, "
@@ -143,7 +158,10 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #ifndef FASTKD_CUDA
+  m.impl("at_loss", TORCH_BOX(&at_loss));
+  m.impl("at_loss_backward", TORCH_BOX(&at_loss_backward));
   m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("crd_nce_loss", TORCH_BOX(&crd_nce_loss));
   m.impl("dual_view_target", TORCH_BOX(&dual_view_target));
   m.impl("dual_view_loss", TORCH_BOX(&dual_view_loss));
   m.impl("dual_view_loss_backward", TORCH_BOX(&dual_view_loss_backward));
@@ -178,6 +196,10 @@ STABLE_TORCH_LIBRARY_IMPL(FASTKD_LIBRARY, FASTKD_DEVICE, m) {
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward));
   m.impl("resized_crop", TORCH_BOX(&resized_crop));
+  m.impl("rkd_loss", TORCH_BOX(&rkd_loss));
+  m.impl("dist_loss", TORCH_BOX(&dist_loss));
+  m.impl("logit_standardization", TORCH_BOX(&logit_standardization));
+  m.impl("logit_standardization_backward", TORCH_BOX(&logit_standardization_backward));
   m.impl("uskd_loss_rows", TORCH_BOX(&uskd_loss_rows));
   m.impl("uskd_loss", TORCH_BOX(&uskd_loss));
 #endif

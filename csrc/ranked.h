@@ -1,6 +1,8 @@
 // Ranks of a row in descending order of its values, the lower index first among equals.
 #pragma once
 
+#include "simd.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,12 +15,9 @@ class Ranked {
  public:
   explicit Ranked(int64_t n) : n_(n), items_(n > kFew ? n : 0), other_(items_.size()) {}
 
-  // ranks[i]: how many values come before values[i].
+  // ranks[i]: how many values come before values[i]. `values` can be read up to whole vectors.
   void operator()(const double* values, int32_t* ranks) {
-    if (n_ <= kFew) {
-      for (int64_t i = 0; i < n_; ++i) ranks[i] = static_cast<int32_t>(count(values, i));
-      return;
-    }
+    if (n_ <= kFew) return count(values, ranks);
     sort_coarsely(values);
     sort_runs(values);
     for (int64_t place = 0; place < n_; ++place) ranks[items_[place].index] = static_cast<int32_t>(place);
@@ -32,16 +31,21 @@ class Ranked {
     int32_t index;
   };
 
-  int64_t count(const double* values, int64_t i) const {
-    const double own = values[i];
-    int64_t before = 0, same = 0;
-#pragma omp simd reduction(+ : before, same)
-    for (int64_t j = 0; j < n_; ++j) {
-      before += values[j] > own;
-      same += values[j] == own;
+  void count(const double* values, int32_t* ranks) const {
+    using S = Simd<double>;
+    typedef int64_t Counts __attribute__((vector_size(64)));  // comparisons give -1
+    for (int64_t first = 0; first < n_; first += S::lanes) {
+      const S::type own = S::load(values + first);
+      const int64_t end = std::min(first + S::lanes, n_);
+      Counts before{}, after{};
+      for (int64_t j = 0; j < first; ++j) before -= S::splat(values[j]) >= own;
+      for (int64_t j = end; j < n_; ++j) after -= S::splat(values[j]) > own;
+      for (int64_t i = first; i < end; ++i) {
+        int64_t rank = before[i - first] + after[i - first];
+        for (int64_t j = first; j < end; ++j) rank += j < i ? values[j] >= values[i] : values[j] > values[i];
+        ranks[i] = static_cast<int32_t>(rank);
+      }
     }
-    if (same > 1) before += std::count(values, values + i, own);
-    return before;
   }
 
   // Radix sort of the distance to the largest value in 32-bit fixed point.

@@ -25,6 +25,16 @@ struct Simd {
   static type splat(A x) { return type{} + x; }
 };
 
+template <class A>
+inline A sum_of_lanes(typename Simd<A>::type v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  A sum = 0;
+  for (int64_t lane = 0; lane < Simd<A>::lanes; ++lane) sum += v[lane];
+  return sum;
+}
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // exp for float vectors: 2^n times a degree-5 polynomial on [-ln2/2, ln2/2]; relative error about 2e-7. Inputs below -87

@@ -1,7 +1,7 @@
 // USKD: everything in double. The sort of each row takes most of the time, and ranks of exact scores have no rounding
 // that could swap neighbours.
-#include "convert.h"
 #include "exp_double.h"
+#include "matrix_rows.h"
 #include "ranked.h"
 
 #include <limits>
@@ -11,47 +11,18 @@ namespace fastkd {
 namespace {
 
 constexpr const char* kUskdOp = "uskd_loss";
-constexpr double kUskdSmoothing = 0.1, kUskdRankEps = 1e-6, kMinusInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kUskdSmoothing = 0.1, kUskdRankEps = 1e-6, kUskdNothing = -std::numeric_limits<double>::infinity();
 // Columns of the first pass, in the order of COLUMNS in uskd.py; "rest" is without targets.
-enum UskdColumn { kValid, kSquare, kLabel = 3, kValue = 5, kStudent = 7, kWeak = 11, kUskdColumns = 15 };
-
-// Rows of a [N, C] tensor of any floating dtype and strides as double, padded to whole vectors with -inf.
-class UskdRows {
- public:
-  explicit UskdRows(const Tensor& tensor)
-      : tensor_(tensor), width_(tensor.size(1)), step_(tensor.stride(0)), sc_(tensor.stride(1)) {}
-
-  void read(int64_t row, double* out) const {
-    for_float(tensor_.scalar_type(), kUskdOp, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* x = data<T>(tensor_) + row * step_;
-      if (sc_ == 1) {
-        convert_row(x, width_, out);
-      } else {
-        for (int64_t i = 0; i < width_; ++i) out[i] = static_cast<double>(x[i * sc_]);
-      }
-    });
-    for (int64_t i = width_; i < round_up(width_, Simd<double>::lanes); ++i) out[i] = kMinusInfinity;
-  }
-
-  // The row of a contiguous output; `narrow` is scratch of a row.
-  void write(int64_t row, const double* x, float* narrow) const {
-    for_float(tensor_.scalar_type(), kUskdOp, [&](auto type) {
-      using T = typename decltype(type)::type;
-      T* out = mutable_data<T>(tensor_) + row * width_;
-      if constexpr (sizeof(T) == 2) {
-        convert_row(x, width_, narrow);
-        convert_row(narrow, width_, out);
-      } else {
-        convert_row(x, width_, out);
-      }
-    });
-  }
-
- private:
-  const Tensor& tensor_;
-  int64_t width_, step_, sc_;
+enum UskdColumn {
+  kUskdValid, kUskdSquare, kUskdLabel = 3, kUskdValue = 5, kUskdStudent = 7, kUskdWeak = 11, kUskdColumns = 15
 };
+
+// A row as double, padded to whole vectors with -inf.
+void uskd_read(const Tensor& tensor, int64_t row, double* out) {
+  const int64_t width = tensor.size(1);
+  MatrixRows(tensor, kUskdOp).read(row, out);
+  std::fill(out + width, out + round_up(width, Simd<double>::lanes), kUskdNothing);
+}
 
 struct UskdTargets {
   int64_t label[2] = {0, -1};
@@ -61,7 +32,8 @@ struct UskdTargets {
   bool removed(int k) const { return value[k] > 0; }
 };
 
-UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int64_t ignore_index, const double* scores) {
+UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int64_t ignore_index,
+                         const double* scores) {
   UskdTargets found;
   if (!scores) {
     const int64_t label = data<int64_t>(target)[row * target.stride(0)];
@@ -72,7 +44,8 @@ UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int
   }
   found.label[0] = std::max_element(scores, scores + classes) - scores;  // the first of equals
   const int64_t l = found.label[0];
-  const double *before = std::max_element(scores, scores + l), *after = std::max_element(scores + l + 1, scores + classes);
+  const double *before = std::max_element(scores, scores + l);
+  const double *after = std::max_element(scores + l + 1, scores + classes);
   const bool is_before = l > 0 && (l + 1 == classes || *before >= *after);
   found.label[1] = (is_before ? before : after) - scores;
   for (int k = 0; k < 2; ++k) found.value[k] = scores[found.label[k]];
@@ -84,10 +57,10 @@ UskdTargets uskd_targets(const Tensor& target, int64_t row, int64_t classes, int
 template <class A>
 void uskd_log_sums(double* x, int64_t padded, const UskdTargets& targets, A* out) {
   using S = Simd<double>;
-  double taken[2] = {kMinusInfinity, kMinusInfinity};
+  double taken[2] = {kUskdNothing, kUskdNothing};
   for (int k = 0; k < 2; ++k)
     if (targets.removed(k)) std::swap(taken[k], x[targets.label[k]]);
-  double rest = kMinusInfinity;
+  double rest = kUskdNothing;
 #pragma omp simd reduction(max : rest)
   for (int64_t i = 0; i < padded; ++i) rest = std::max(rest, x[i]);
   S::type sums{};
@@ -123,7 +96,8 @@ struct UskdSide {
   // out = softmax without targets, 0 at these.
   void rest_softmax(const double* x, int64_t padded, const UskdTargets& targets, double* out) const {
     using S = Simd<double>;
-    for (int64_t i = 0; i < padded; i += S::lanes) S::store(out + i, exp_double((S::load(x + i) - rest_max_) - rest_sum_));
+    for (int64_t i = 0; i < padded; i += S::lanes)
+      S::store(out + i, exp_double((S::load(x + i) - rest_max_) - rest_sum_));
     for (int k = 0; k < 2; ++k)
       if (targets.removed(k)) out[targets.label[k]] = 0;
   }
@@ -140,32 +114,32 @@ void uskd_loss_rows(const Tensor& student, const Tensor& weak, const Tensor& tar
   FASTKD_CHECK(stats.size(1) == kUskdColumns, "uskd_loss", "another number of columns");
   const int64_t classes = student.size(1), padded = round_up(classes, Simd<double>::lanes);
   const bool two = target.dim() == 2;
-  for_float(stats.scalar_type(), kUskdOp, [&](auto type) {
+  for_wide(stats.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     A* out = mutable_data<A>(stats);
     parallel(student.size(0), 16384 / classes + 1, [&](int64_t begin, int64_t end) {
       std::vector<double> x(padded), scores(two ? padded : 0);
       for (int64_t row = begin; row < end; ++row) {
-        if (two) UskdRows(target).read(row, scores.data());
+        if (two) uskd_read(target, row, scores.data());
         const auto targets = uskd_targets(target, row, classes, ignore_index, two ? scores.data() : nullptr);
         A* line = out + row * kUskdColumns;
         std::fill_n(line, kUskdColumns, A(0));
-        UskdRows(student).read(row, x.data());
+        uskd_read(student, row, x.data());
         double z[2] = {};
         for (int k = 0; k < 2; ++k)
           if (targets.label[k] >= 0) z[k] = x[targets.label[k]];
-        uskd_log_sums(x.data(), padded, targets, line + kStudent);
-        const double max = line[kStudent], sum = line[kStudent + 1];
-        line[kValid] = targets.valid;
+        uskd_log_sums(x.data(), padded, targets, line + kUskdStudent);
+        const double max = line[kUskdStudent], sum = line[kUskdStudent + 1];
+        line[kUskdValid] = targets.valid;
         for (int k = 0; k < 2; ++k) {
           const bool there = targets.valid && targets.label[k] >= 0;
-          line[kSquare + k] = there ? std::exp(2 * (z[k] - max - sum)) : 0;
-          line[kLabel + k] = targets.label[k];
-          line[kValue + k] = targets.value[k];
+          line[kUskdSquare + k] = there ? std::exp(2 * (z[k] - max - sum)) : 0;
+          line[kUskdLabel + k] = targets.label[k];
+          line[kUskdValue + k] = targets.value[k];
         }
-        if (!targets.known) line[kSquare] = std::numeric_limits<A>::quiet_NaN();
-        UskdRows(weak).read(row, x.data());
-        uskd_log_sums(x.data(), padded, targets, line + kWeak);
+        if (!targets.known) line[kUskdSquare] = std::numeric_limits<A>::quiet_NaN();
+        uskd_read(weak, row, x.data());
+        uskd_log_sums(x.data(), padded, targets, line + kUskdWeak);
       }
     });
   });
@@ -178,7 +152,7 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
   const bool two = target.dim() == 2, with_grad = grad_student.numel() > 0;
   std::vector<double> zipf(classes), partial(batch, 0.0);
   for (int64_t i = 0; i < classes; ++i) zipf[i] = 1.0 / (1 + i);
-  for_float(loss.scalar_type(), kUskdOp, [&](auto type) {
+  for_wide(loss.scalar_type(), [&](auto type) {
     using A = typename decltype(type)::type;
     const A *lines = data<A>(stats), *total = data<A>(sums), *shared = data<A>(means);
     double mean[2];
@@ -188,32 +162,32 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
       std::vector<double> scratch(6 * padded);
       double *z = scratch.data(), *u = z + padded, *rest = u + padded, *w = rest + padded, *y = w + padded,
              *zeta = y + padded;
-      std::vector<float> narrow(classes);
       std::vector<int32_t> ranks(classes);
       Ranked ranked(classes);
       for (int64_t row = begin; row < end; ++row) {
         const A* line = lines + row * kUskdColumns;
-        if (line[kValid] == 0) {
+        if (line[kUskdValid] == 0) {
           std::fill_n(z, classes, 0.0);
-          if (with_grad) UskdRows(grad_student).write(row, z, narrow.data()), UskdRows(grad_weak).write(row, z, narrow.data());
+          for (const Tensor* grad : {&grad_student, &grad_weak})
+            if (with_grad) MatrixRows(*grad, kUskdOp).write(row, z);
           continue;
         }
         UskdTargets targets;
         double p[2] = {}, p_sum = 0, score_sum = 1;
         for (int k = 0; k < 2; ++k) {
-          targets.label[k] = static_cast<int64_t>(line[kLabel + k]), targets.value[k] = line[kValue + k];
-          if (targets.removed(k)) p[k] = line[kSquare + k] + targets.value[k] - mean[k], p_sum += p[k];
+          targets.label[k] = static_cast<int64_t>(line[kUskdLabel + k]), targets.value[k] = line[kUskdValue + k];
+          if (targets.removed(k)) p[k] = line[kUskdSquare + k] + targets.value[k] - mean[k], p_sum += p[k];
         }
-        UskdRows(student).read(row, z);
-        UskdRows(weak).read(row, u);
+        uskd_read(student, row, z);
+        uskd_read(weak, row, u);
         if (two) {
-          UskdRows(target).read(row, y);
+          uskd_read(target, row, y);
           score_sum = std::accumulate(y, y + classes, 0.0);
         } else {
           std::fill_n(y, classes, 0.0);
           y[targets.label[0]] = 1;
         }
-        const UskdSide of_z(line + kStudent), of_u(line + kWeak);
+        const UskdSide of_z(line + kUskdStudent), of_u(line + kUskdWeak);
         of_z.rest_softmax(z, padded, targets, rest);
         std::fill_n(w, padded, 0.0);
         of_u.add_softmax(u, padded, 1, w);
@@ -259,8 +233,8 @@ void uskd_loss(const Tensor& student, const Tensor& weak, const Tensor& target, 
         }
         for (int k = 0; k < 2; ++k)
           if (targets.removed(k)) rest[targets.label[k]] += all * q[k] - alpha * p[k];
-        UskdRows(grad_student).write(row, rest, narrow.data());
-        UskdRows(grad_weak).write(row, w, narrow.data());
+        MatrixRows(grad_student, kUskdOp).write(row, rest);
+        MatrixRows(grad_weak, kUskdOp).write(row, w);
       }
     });
     // Summed in row order: the same bits for any number of threads.

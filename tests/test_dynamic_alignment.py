@@ -97,6 +97,25 @@ def test_autocast_mixes_in_float32_and_hands_16_bits_to_the_head():
     assert torch.equal(seen[0], exact.bfloat16())
 
 
+def test_mixtures_in_another_dtype(each_backend):
+    """Sums are float32 whatever comes out; gradients come back in the dtypes of states and weights."""
+    if each_backend == "cuda":
+        pytest.skip("no CUDA C++ kernel")
+    device = device_of(each_backend)
+    states = [random(2, 3, 5, seed=index).to(device).requires_grad_() for index in range(3)]
+    weight = random(2, 3, seed=9).to(device).requires_grad_()
+    mixed = ops.layer_mix(states, weight, dtype=torch.bfloat16)
+    exact = torch.einsum("ab,bntd->antd", weight, torch.stack(states))
+    upstream = random(2, 2, 3, 5, seed=10).to(device, torch.bfloat16)
+    got = torch.autograd.grad(mixed, [*states, weight], list(upstream))
+    want = torch.autograd.grad(exact, [*states, weight], upstream.float())
+    for ours, plain in zip(mixed, exact):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), plain, rtol=2**-7, atol=1e-6)
+    for ours, plain in zip(got, want):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_the_mixture_weights_do_not_decay():
     from fastkd.train.optimizer import param_groups
 

@@ -1,6 +1,6 @@
 """Hypothesis over every OpSpec's space: odd shapes, strides, dtypes and extreme values, on every backend here.
 
-Deterministic; FASTKD_FUZZ_EXAMPLES sets the examples per op and backend (default 25, fewer in the interpreter).
+Deterministic; FASTKD_FUZZ_EXAMPLES sets the examples per op and backend (default 12, fewer in the interpreter).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from op_checks import check_accuracy, differentiable, evaluate, to_double
 
 from fastkd.ops import SPECS, OpSpec, backend
 
-EXAMPLES = int(os.environ.get("FASTKD_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FASTKD_FUZZ_EXAMPLES", "12"))
 INTERPRETER_SHARE = 4  # the Triton interpreter is slow
 LAYOUTS = {"given": lambda t: t, "surrounded": memory.surrounded, "transposed": memory.transposed}
 # What is done to every differentiable tensor, and to floating images.
@@ -37,6 +37,8 @@ def ill_posed(op: str, case: dict, dtype: torch.dtype, stress: str) -> bool:
     if op == "attention":
         return stress in ("huge", "constant")  # scores of 1e8 have no gradient left, nor have equal keys for the query
     if op == "residual_layer_norm":  # without variance, the rounding of the mean is divided by sqrt(eps)
+        return stress == "constant"
+    if op == "pkt_loss":  # equal rows: the gradient is exactly 0
         return stress == "constant"
     if op == "feature_alignment_loss":  # a normalised single number is +-1: the gradient is exactly 0
         return case["width"] == 1

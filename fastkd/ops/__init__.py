@@ -10,13 +10,19 @@ from .blocks.linear_int8 import linear_int8
 from .blocks.mlp import mlp
 from .blocks.quantize_rows import quantize_rows
 from .blocks.residual_layer_norm import residual_layer_norm
+from .features.at_loss import at_loss
 from .features.cls_distillation import cls_distillation_loss
+from .features.crd_nce_loss import crd_nce_loss, crd_normaliser
 from .features.detection_consistency import objectness_consistency_loss, roi_consistency_loss
 from .features.dual_view import DualViewTarget, dual_view_loss, dual_view_target, remove_dc
 from .features.feature_alignment import feature_alignment_loss
 from .features.gather_whiten import gather_whiten_smooth_l1, teacher_targets
+from .features.hint_loss import hint_loss
 from .features.layer_mix import layer_mix
+from .features.pkt_loss import pkt_loss
 from .features.pseudo_label import pseudo_label
+from .features.rkd_loss import rkd_loss
+from .features.sp_loss import sp_loss
 from .features.upsample_cross_entropy import masked_consistency_loss
 from .images.resized_crop import resized_crop
 from .logits import linear_specs as _linear_specs  # noqa: F401
@@ -44,6 +50,7 @@ __all__ = [
     "Masking",
     "OpSpec",
     "SPECS",
+    "at_loss",
     "attention",
     "attention_masking",
     "backend",
@@ -51,6 +58,8 @@ __all__ = [
     "class_vector_kd",
     "cls_attention_row",
     "cls_distillation_loss",
+    "crd_nce_loss",
+    "crd_normaliser",
     "decoder_assemble",
     "dist_loss",
     "dkd_loss",
@@ -61,6 +70,7 @@ __all__ = [
     "fused_linear_jsd",
     "gather_whiten_smooth_l1",
     "gelu",
+    "hint_loss",
     "jsd_loss",
     "kd_loss",
     "layer_mix",
@@ -81,6 +91,7 @@ __all__ = [
     "nkd_loss",
     "objectness_consistency_loss",
     "patchify",
+    "pkt_loss",
     "pseudo_label",
     "quantize_rows",
     "random_masking",
@@ -88,7 +99,9 @@ __all__ = [
     "residual_layer_norm",
     "resized_crop",
     "reverse_kl_loss",
+    "rkd_loss",
     "roi_consistency_loss",
+    "sp_loss",
     "standardized_kd_loss",
     "teacher_targets",
     "tvd_loss",

@@ -90,7 +90,7 @@ class HeldOutClasses:
         self.config, self.method, self.device, self.amp = config, method, device, amp
         if config.val_data is not None:
             self.images, labels, classes = crops(config, config.val_images)
-            own = open_images(config.data).classes
+            own = getattr(method, "classes", None) or open_images(config.data).classes
             unknown = sorted(set(classes) - set(own))
             if unknown or not classes:
                 got = f"classes {', '.join(unknown)}" if unknown else "no class folders"

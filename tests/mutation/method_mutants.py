@@ -68,6 +68,14 @@ PYTHON = [
     Mutant("self-distillation: padding is masked", "fastkd/methods/self_distillation_text.py",
            "(noise[0] < mask_ratio) & maskable", "noise[0] < mask_ratio",
            ("test_self_distillation.py", "-k", "masked_as_bert")),
+    Mutant("logit loss: a gradient that is kept is scaled in place", f"{LOGITS}/logit_loss.py",
+           "    return query is None or query()", "    return False",
+           ("test_logit_losses.py", "-k", "backward_twice and reference")),
+    Mutant("logit loss: ce is divided by rows where classes have weights", f"{LOGITS}/logit_loss.py",
+           "if weight is not None and scores is None:", "if weight is None and scores is None:",
+           ("test_logit_losses.py", "-k", "cross_entropy_is_that_of_torch and reference")),
+    Mutant("logit loss: T^2 of DKD is left out", f"{LOGITS}/losses.py",
+           "dkd_rest=beta * square", "dkd_rest=beta", ("test_golden_logits.py", "-k", "dkd and reference")),
 ]  # fmt: skip
 
 TRITON = [
@@ -80,6 +88,11 @@ TRITON = [
            "partial + program * (MIXTURES * LAYERS)", "partial + program * 0", accuracy(MIX, "triton")),
     Mutant("triton gather: the row beside", f"{FEATURES}/gather_whiten_triton.py",
            "num_prefix + seen, k)", "seen, k)", maskalign("teacher_target", "triton")),
+    Mutant("triton logit loss: the target stays among the others", f"{LOGITS}/logit_loss_triton.py",
+           "logits = tl.where(column[None, :] == y[:, None], NOTHING, logits)", "logits = logits",
+           ("test_golden_logits.py", "-k", "dkd and triton")),
+    Mutant("triton logit loss: parts keep their own base", f"{LOGITS}/logit_row_triton.py",
+           "tl.sum(e * se, axis=1)", "tl.sum(e, axis=1)", accuracy("logit_loss-long", "triton")),
 ]  # fmt: skip
 
 NATIVE = [
@@ -97,6 +110,13 @@ NATIVE = [
     Mutant("C++ layer mix: the last elements of a tile are not written", "csrc/layer_mix.cpp",
            "convert_row(lines, count, mutable_data", "convert_row(lines, count - 1, mutable_data",
            accuracy(MIX, "cpp")),
+    Mutant("C++ logit loss: blocks keep their own base", "csrc/logit_loss.h", "e *= se, f *= sf,", "f *= sf,",
+           ("test_logit_losses.py", "-k", "several_blocks")),
+    Mutant("C++ logit loss: the target is not told from the others", "csrc/logit_loss.h",
+           "of_e -= of_slope * (slope + r.q.p * lead);", "of_e -= of_slope * slope;",
+           accuracy("logit_loss-two_classes", "cpp")),
+    Mutant("C++ logit loss: float16 divides twice", "csrc/logit_loss.cpp", "call.scale = 1, call.ce_scale",
+           "call.ce_scale", accuracy("logit_loss", "cpp")),
 ]  # fmt: skip
 
 METHODS = PYTHON + TRITON + NATIVE

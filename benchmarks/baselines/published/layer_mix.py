@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 
-def published(weight: Tensor, dtype: torch.dtype | None = None, **states: Tensor) -> tuple[Tensor, ...]:
+def published(weight: Tensor, **states: Tensor) -> tuple[Tensor, ...]:
     """All layers are stacked behind the channels, and the stack is multiplied by the weights."""
     stack = torch.stack(list(states.values()), dim=-1)
-    mixed = stack @ weight.to(stack.dtype).t()
-    return tuple(row if dtype is None else row.to(dtype) for row in mixed.unbind(-1))
+    return (stack @ weight.to(stack.dtype).t()).unbind(-1)

@@ -151,7 +151,7 @@ def _reference(states: Sequence[Tensor], weight: Tensor, *, dtype: torch.dtype |
 
 def _with_names(function):
     """The op with a name for each state, so that checks and benchmarks find the tensors: s0, s1, ..."""
-    return lambda weight, dtype=None, **states: tuple(function(list(states.values()), weight, dtype=dtype))
+    return lambda weight, **states: tuple(function(list(states.values()), weight))
 
 
 def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
@@ -159,7 +159,7 @@ def _build(case: Case, dtype: torch.dtype, device: torch.device | str) -> dict:
     shape, layers, targets = (case["batch"], case["tokens"], case["width"]), case["layers"], case["targets"]
     weight = torch.eye(targets, layers) + 0.3 * torch.randn(targets, layers, generator=random)
     weight_dtype = torch.float32 if case.get("weight_float32") and dtype != torch.float64 else dtype
-    kwargs = dict(weight=weight.to(device, weight_dtype), dtype=case.get("dtype") and dtype)
+    kwargs = dict(weight=weight.to(device, weight_dtype))
     for index in range(layers):
         state = torch.randn(*shape, generator=random) + 0.1 * index
         kwargs[f"s{index}"] = state.to(device, dtype)

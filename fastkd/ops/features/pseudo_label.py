@@ -248,11 +248,11 @@ SPEC = register(
         build=_build,
         differentiable=(),
         cases={
-            "upsampled": dict(batch=2, classes=5, grid=(3, 4), size=(9, 14), weight="quality"),
+            "upsampled": dict(batch=2, classes=5, grid=(3, 4), size=(4, 7), weight="quality"),
             "rows_and_mask": dict(
-                batch=2, classes=7, grid=(6, 5), size=(8, 5), weight="quality", top=2, bottom=1, valid=True,
+                batch=2, classes=7, grid=(5, 5), size=(4, 5), weight="quality", top=2, bottom=1, valid=True,
             ),
-            "prob": dict(batch=2, classes=19, grid=(4, 5), size=(5, 19), weight="prob", top=1),
+            "prob": dict(batch=1, classes=19, grid=(2, 5), size=(3, 19), weight="prob", top=1),
             "image_uint8": dict(
                 batch=3, classes=3, grid=(5, 6), size=(3, 4), weight="quality", scope="image", label_dtype=torch.uint8,
             ),
@@ -260,8 +260,8 @@ SPEC = register(
             "same_size": dict(batch=1, classes=2, grid=(4, 37), weight="quality", threshold=0.77),
         },
         space=dict(
-            batch=(1, 2), classes=(2, 5, 33), grid=((), (7,), (1, 1), (3, 5), (6, 2)),
-            size=(None, (1, 1), (5, 7), (6, 20)), weight=WEIGHTS, scope=("batch", "image"), top=(0, 1),
+            batch=(1, 2), classes=(2, 5, 9), grid=((), (7,), (1, 1), (3, 5), (3, 2)),
+            size=(None, (1, 1), (4, 7), (3, 11)), weight=WEIGHTS, scope=("batch", "image"), top=(0, 1),
             valid=(False, True), label_dtype=(torch.int64, torch.uint8), seed=tuple(range(5)),
         ),
         bench={

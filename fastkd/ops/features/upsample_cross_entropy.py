@@ -238,16 +238,16 @@ SPEC = register(
         build=_build,
         differentiable=("student_logits",),
         cases={
-            "upsampled": dict(batch=2, classes=5, grid=(2, 3), size=(5, 8), weight="map"),
-            "odd": dict(batch=1, classes=19, grid=(3, 2), size=(4, 7), weight="expanded", label_dtype=torch.uint8),
-            "same_size": dict(batch=2, classes=7, grid=(4, 5), size=(4, 5), weight="map"),
-            "smaller": dict(batch=2, classes=3, grid=(5, 7), size=(4, 3), weight=None),
+            "upsampled": dict(batch=2, classes=3, grid=(2, 2), size=(3, 5), weight="map"),
+            "odd": dict(batch=1, classes=19, grid=(1, 3), size=(2, 7), weight="expanded", label_dtype=torch.uint8),
+            "same_size": dict(batch=2, classes=7, grid=(3, 5), size=(3, 5), weight="map"),
+            "smaller": dict(batch=1, classes=3, grid=(4, 5), size=(3, 2), weight=None),
             "vectors": dict(batch=6, classes=12, grid=(), weight="map"),
-            "all_ignored": dict(batch=1, classes=3, grid=(2, 2), size=(4, 4), weight=None, ignored=2.0),
+            "all_ignored": dict(batch=1, classes=3, grid=(1, 2), size=(2, 3), weight=None, ignored=2.0),
         },
         space=dict(
-            batch=(1, 2), classes=(1, 5, 33), grid=((), (7,), (1, 1), (2, 5), (4, 2)),
-            size=((1, 1), (2, 5), (5, 3), (4, 7), (3, 9)), weight=(None, "map", "expanded"), ignored=(0.0, 0.3),
+            batch=(1, 2), classes=(1, 5, 33), grid=((), (7,), (1, 1), (2, 3), (3, 2)),
+            size=((1, 1), (2, 5), (4, 3), (3, 9)), weight=(None, "map", "expanded"), ignored=(0.0, 0.3),
             label_dtype=(torch.int64, torch.uint8), seed=tuple(range(5)),
         ),
         bench={

@@ -27,7 +27,7 @@ from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
 from ..blocks.linear import as_rows, wide_dtype
-from .linear_loss import rows_on
+from .logit_loss import forward as logit_rows
 from .terms import Terms
 
 OP = "class_vector_kd"
@@ -78,7 +78,7 @@ def through(backend: str) -> Callable[..., None]:
         mine, theirs = logits[:batch], teacher_logits if teacher is None else logits[batch:]
         terms = list(Terms(kl=weight * temperature**2, temperature=temperature))
         over = None if grad is None else mine
-        rows_on(backend, mine)(mine, theirs, *[None] * 5, terms, 0, float(batch), loss, divisors, over)
+        logit_rows.implementation(backend)(mine, theirs, *[None] * 5, terms, 0, float(batch), loss, divisors, over)
         if grad is not None:
             torch.mm(mine, text, out=grad)
             unit_rows_backward.implementation(backend)(grad, units[:batch], norms[:batch], scale, scale, grad)

@@ -32,7 +32,7 @@ def _unit_rows_backward_kernel(grad, unit, norms, grad_x, width, inverse_square,
 
 def _options(width: int) -> dict:
     block = triton.next_power_of_2(width)
-    return dict(BLOCK=block, num_warps=min(max(block // 256, 1), 16))
+    return dict(BLOCK=block, num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True)
 
 
 def unit_rows(x: torch.Tensor, scale: float, out: torch.Tensor, norms: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .terms import wide
 
 OP = "logit_cosine_loss"
 
@@ -47,8 +48,8 @@ def logit_cosine_loss(
     if student_logits.numel() == 0:
         shape = f"shape {tuple(student_logits.shape)}"
         _check.fail(OP, "student_logits", shape, "at least one row", "the mean of nothing is undefined")
-    wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    row = 1 - F.cosine_similarity(student_logits.to(wide), teacher_logits.to(wide), dim=-1, eps=eps)
+    student, teacher = (x.to(wide(student_logits.dtype)) for x in (student_logits, teacher_logits))
+    row = 1 - F.cosine_similarity(student, teacher, dim=-1, eps=eps)
     if target is None:
         return row.mean()
     _check.check_tensor(OP, "target", target, student_logits.ndim - 1, (torch.int64,))

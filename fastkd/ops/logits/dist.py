@@ -1,7 +1,7 @@
 """DIST: relations between and within classes match by correlation (Huang et al., NeurIPS 2022, equations 8 to 10).
 
-With Q = softmax(z / T), P = softmax(v / T) [N, C] and the Pearson correlation r(a, b) = a' . b' / (|a'| |b'|) of centred
-vectors a' = a - mean(a), norms clamped at eps:
+With Q = softmax(z / T), P = softmax(v / T) [N, C] and the Pearson correlation r(a, b) = a' . b' / (|a'| |b'|) of
+centred vectors a' = a - mean(a), norms clamped at eps:
 
     loss = T^2 [ beta (1 - mean_n r(Q_n, P_n)) + gamma (1 - mean_c r(Q_:c, P_:c)) ]
 
@@ -22,12 +22,9 @@ from .. import _check
 from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
+from .terms import wide as _wide
 
 OP = "dist_loss"
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _centred(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ def through(backend: str) -> Callable[..., None]:
         buffer = rows.new_empty(count, classes)
         taught = rows.new_empty(count, classes) if other is not None else None
         capped = rows.new_empty(count, classes) if wants and options.cap else None
-        each, terms, divisors = rows_on(backend, rows), _terms(options), rows.new_empty(2)
+        each, terms, divisors = logit_rows.implementation(backend), _terms(options), rows.new_empty(2)
         bias, teacher_bias = (None if b is None else b.to(rows.dtype).contiguous() for b in (bias, teacher.bias))
         if grad_bias is not None:
             grad_bias.zero_()
@@ -120,12 +120,6 @@ def through(backend: str) -> Callable[..., None]:
                 head.grad_weight(grad, inputs, grad_weight, first=start == 0)
 
     return fill
-
-
-def rows_on(backend: str, wide: Tensor) -> Callable[..., None]:
-    """The rows of `logit_loss` on a backend, for tensors like `wide`."""
-    reason = logit_rows.why_not(backend, wide.device.type, wide.dtype)
-    return logit_rows.implementation(backend if reason is None else "reference")
 
 
 def _terms(options: Options) -> list[float]:

@@ -10,12 +10,12 @@ from .linear_topk import through
 
 
 @triton.jit
-def _log_sum_exp_kernel(z, lse, classes, row_stride, BLOCK: tl.constexpr):
+def _log_sum_exp_kernel(z, lse, classes, row_stride, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, classes, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    for step in range(STEPS):  # a constant: vocabularies are few
+        i = step * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(z + row * row_stride + i, mask=i < classes, other=float("-inf")).to(tl.float32)
         top = tl.maximum(largest, x)
         # Lanes that have met no class yet stay at 0: the exponent of -inf - -inf is not a number.
@@ -39,10 +39,16 @@ def _block(classes: int) -> int:
     return min(4096, max(16, triton.next_power_of_2(classes)))
 
 
+def _options(block: int) -> dict:
+    return dict(BLOCK=block, num_warps=max(1, block // 512), enable_fp_fusion=True)
+
+
 def log_sum_exp(z: torch.Tensor) -> torch.Tensor:
     lse = z.new_empty(len(z), 1)
     block = _block(z.shape[1])
-    _log_sum_exp_kernel[(len(z),)](z, lse, z.shape[1], z.stride(0), BLOCK=block, num_warps=max(1, block // 512))
+    _log_sum_exp_kernel[(len(z),)](
+        z, lse, z.shape[1], z.stride(0), STEPS=triton.cdiv(z.shape[1], block), **_options(block)
+    )
     return lse
 
 
@@ -50,8 +56,7 @@ def softmax(z: torch.Tensor, lse: torch.Tensor, factor: torch.Tensor, grad: torc
     block = _block(z.shape[1])
     grid = (len(z), triton.cdiv(z.shape[1], block))
     _softmax_kernel[grid](
-        z, lse, factor.contiguous(), grad, z.shape[1], z.stride(0), grad.stride(0), BLOCK=block,
-        num_warps=max(1, block // 512),
+        z, lse, factor.contiguous(), grad, z.shape[1], z.stride(0), grad.stride(0), **_options(block),
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def rows(
     if terms.ce:
         scores = None if scores is None else scores.to(dtype)
         total = total + terms.ce * ce_each * _terms.cross_entropy(student, index, scores, weight, terms, ignore_index)
-    if terms.need_teacher:
+    if _terms.need_teacher(terms):
         total = total + each * _terms.distillation(student, teacher.to(dtype), index, terms, ignore_index)
     return total if sample_weight is None else total * sample_weight
 
@@ -56,7 +56,7 @@ def _gradient(
         scores = None if scores is None else scores.to(dtype)
         slope = _terms.cross_entropy_gradient(student, index, scores, weight, terms, ignore_index)
         total = total + terms.ce * ce_each * slope
-    if terms.need_teacher:
+    if _terms.need_teacher(terms):
         total = total + each * _terms.distillation_gradient(student, teacher.to(dtype), index, terms, ignore_index)
     return total if sample_weight is None else total * sample_weight[:, None]
 
@@ -98,8 +98,8 @@ def _fill_backward(grad_loss, saved, divisors, grad) -> None:
 
 
 _TRITON = "fastkd.ops.logits.logit_loss_triton"
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 def _outputs(student: Tensor, each: bool, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,22 +160,15 @@ def _autograd(ctx, grad_loss: Tensor, *_):
     saved, divisors = ctx.saved_tensors
     if torch.is_grad_enabled() and not grad_loss.requires_grad:
         grad_loss = grad_loss.detach().requires_grad_()  # so that a second derivative raises, and is not 0 by accident
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_traced((grad_loss, saved)):
-        grad = _op_backward(grad_loss, saved, divisors)
-    elif _keeps_graph():
-        grad = saved if _is_one(grad_loss, saved) else _op_backward(grad_loss, saved, divisors)
-    else:
-        grad = _scaled_in_place(grad_loss, saved, divisors)
-    return grad, *[None] * 11
-
-
-def _is_one(grad_loss: Tensor, saved: Tensor) -> bool:
-    """Whether there is nothing to do, as far as that can be known without waiting for a device."""
-    return saved.device.type == "cpu" and saved.dtype != torch.float16 and not grad_loss.ndim and grad_loss.item() == 1
+    traced = torch.compiler.is_compiling() or _is_traced((grad_loss, saved))
+    finish = _op_backward if traced or torch.is_grad_enabled() or _keeps_graph() else _scaled_in_place
+    return finish(grad_loss, saved, divisors), *[None] * 11
 
 
 def _scaled_in_place(grad_loss: Tensor, saved: Tensor, divisors: Tensor) -> Tensor:
-    if not _is_one(grad_loss, saved):  # on a GPU the kernel finds out itself
+    # Where it is known without waiting for a device that there is nothing to do; on a GPU the kernel finds out itself.
+    on_cpu = saved.device.type == "cpu" and saved.dtype != torch.float16
+    if not (on_cpu and not grad_loss.ndim and grad_loss.item() == 1):
         backward(grad_loss.contiguous(), saved, divisors, saved)
     return saved
 

@@ -12,19 +12,16 @@ The statistics live in registers: forward reads x and writes y, backward reads x
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
 from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
+from .losses import kd_loss, logit_loss
+from .terms import wide as _wide
 
 OP = "logit_standardization"
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,8 +43,9 @@ def _fill_backward(grad_y, x, eps, grad_x) -> None:
     grad_x.copy_((g - g.mean(1, keepdim=True) - unit * along) / (deviation + eps))
 
 
-forward = Kernel(OP, reference=_fill_forward)
-backward = Kernel(f"{OP}_backward", reference=_fill_backward)
+_TRITON = "fastkd.ops.logits.standardise_triton"
+forward = Kernel(OP, reference=_fill_forward, triton=f"{_TRITON}:forward")
+backward = Kernel(f"{OP}_backward", reference=_fill_backward, triton=f"{_TRITON}:backward")
 
 
 @custom_op("logit_standardization")
@@ -147,19 +145,13 @@ def standardized_kd_loss(
         _check.fail(name, "target", None, "class indices", "a cross-entropy needs them; or leave ce_weight at 0")
     if student_logits.shape[0] == 0:
         _check.fail(name, "student_logits", "no rows", "at least one", "the mean of nothing is undefined")
-    wide = _wide(student_logits.dtype)
-    z, v = (logit_standardization(x.to(wide), eps) / temperature for x in (student_logits, teacher_logits))
-    row = kd_weight * temperature**2 * F.kl_div(z.log_softmax(1), v.log_softmax(1), reduction="none", log_target=True)
-    row = row.sum(1)
-    if target is None:
-        return row.mean()
-    _check.check_tensor(name, "target", target, 1, (torch.int64,))
-    _check.check_shape(name, "target", target, (student_logits.shape[0],), "(N,) like student_logits")
-    row = row * (target != ignore_index)
-    row = row + ce_weight * F.cross_entropy(
-        student_logits.to(wide), target, ignore_index=ignore_index, reduction="none"
+    z, v = (logit_standardization(x.to(_wide(x.dtype)), eps) for x in (student_logits, teacher_logits))
+    loss = kd_loss(
+        z, v, target, temperature=temperature, kd_weight=kd_weight, ignore_index=ignore_index, teacher_grad=teacher_grad
     )
-    return row.sum() / (target != ignore_index).sum().clamp_min(1)
+    if not ce_weight:
+        return loss
+    return loss + logit_loss(student_logits, None, target, ce=ce_weight, ignore_index=ignore_index)
 
 
 class StandardizedKDLoss(torch.nn.Module):

@@ -55,14 +55,15 @@ class Terms(NamedTuple):
     beta: float = 0.5  # of jsd, strictly between 0 and 1: the ends are the two divergences
     smoothing: float = 0.0
 
-    @property
-    def need_teacher(self) -> bool:
-        return any(self[1:9])
 
-    @property
-    def need_index(self) -> bool:
-        """Whether a class index is needed whatever the target of ce."""
-        return any(self[5:9])
+# Functions, not properties: torch.compile does not follow those of a named tuple before torch 2.11.
+def need_teacher(terms: Terms) -> bool:
+    return any(terms[1:9])
+
+
+def need_index(terms: Terms) -> bool:
+    """Whether a class index is needed whatever the target of ce."""
+    return any(terms[5:9])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -132,7 +133,7 @@ def distillation(student: Tensor, teacher: Tensor, index: Tensor | None, terms: 
     if index is None:
         return total
     valid = index != ignore_index
-    if terms.need_index:
+    if need_index(terms):
         index = index.where(valid, 0)
         if terms.dkd_target or terms.dkd_rest or terms.nkd_rest:
             total = total + decoupled(z, v, index, terms)
@@ -180,7 +181,7 @@ def distillation_gradient(
     if index is None:
         return total / terms.temperature
     valid = (index != ignore_index)[:, None]
-    if not terms.need_index:
+    if not need_index(terms):
         return (total / terms.temperature).where(valid, 0)
     at = index[:, None].where(valid, 0)
     target = torch.zeros_like(z).scatter(1, at, 1.0)

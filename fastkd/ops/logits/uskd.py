@@ -10,9 +10,9 @@ means over the rows that are not ignored, and stop-gradient on p and zeta:
                    L_non = -mean_n sum_i zeta_i log softmax(z without targets)_i
     weak head      y~  = 0.9 y + 0.1 / C                                      L_weak = -mean_n sum_i y~_i log w_i
 
-    loss     = alpha L_t + beta L_non + mu L_weak + ce_weight CE(z, y)
-    d loss/dz = [alpha (q sum_k p_k - p at l_k) + beta (softmax(z without targets) - zeta) + ce_weight (q sum y - y)] / N
-    d loss/du = mu (w sum y~ - y~) / N
+    loss = alpha L_t + beta L_non + mu L_weak + ce_weight CE(z, y)
+    N dz = alpha (q sum_k p_k - p at l_k) + beta (softmax(z without targets) - zeta) + ce_weight (q sum y - y)
+    N du = mu (w sum y~ - y~)
 
 The released code adds the student's log-probabilities where the text combines two normalised outputs. Both are here:
 "log" is the default since the published numbers were made with it, but its order is close to the student's own, the
@@ -38,6 +38,7 @@ from .. import _check
 from .._dispatch import Kernel
 from .._op import custom_op
 from .._spec import Case, OpSpec, register, tensor_bytes
+from .terms import wide as _wide
 
 OP = "uskd_loss"
 SMOOTHING = 0.1  # of the weak head's labels
@@ -48,10 +49,6 @@ COLUMNS = (
     "valid", "square_0", "square_1", "label_0", "label_1", "value_0", "value_1",
     "z_max", "z_log_sum", "z_rest_max", "z_rest_log_sum", "u_max", "u_log_sum", "u_rest_max", "u_rest_log_sum",
 )  # fmt: skip
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
@@ -244,7 +241,7 @@ def uskd_loss(
         ce_weight: adds this times the cross-entropy of student_logits, in the same pass.
         ignore_index: rows of this class count nowhere. If all rows do: 0 with zero gradients, where
             `torch.nn.functional.cross_entropy` gives NaN.
-        group: processes over which the mean of squared probabilities is taken; default: this process alone, as released.
+        group: processes over which the mean of squared probabilities is taken; default: this process, as released.
 
     Returns:
         Scalar, float32 (float64 for float64 logits). Both logits get gradients.
@@ -295,7 +292,7 @@ def uskd_loss(
 
 
 class USKDLoss(torch.nn.Module):
-    """`uskd_loss` with the linear head that makes weak logits of a feature; ``forward(feature, student_logits, target)``.
+    """`uskd_loss` with the head that makes weak logits of a feature; ``forward(feature, student_logits, target)``.
 
     Args:
         in_features: width of the feature: the pooled last-but-one stage of a convolutional network, the class token

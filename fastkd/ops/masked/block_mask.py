@@ -222,7 +222,7 @@ SPEC = register(
             "all_masked": dict(batch=1, channels=3, size=(6, 7), block=8, ratio=1.0),
         },
         space=dict(
-            batch=(1, 3), channels=(1, 3), size=((1, 1), (5, 33), (40, 17), (66, 7)), block=(1, 3, 8),
+            batch=(1, 3), channels=(1, 3), size=((1, 1), (5, 33), (40, 17), (30, 7)), block=(1, 3, 8),
             ratio=(0.0, 0.4, 0.7, 1.0), channels_last=(False, True), seed=tuple(range(5)),
         ),
         bench={"seg_1024": dict(batch=2, channels=3, size=(1024, 1024), block=64, ratio=0.7)},

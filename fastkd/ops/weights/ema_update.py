@@ -123,7 +123,7 @@ def _dense(tensor: Tensor) -> bool:
 # `steps` updates: lists that are changed in place would not survive a comparison of backends.
 
 
-def _cut(flat: Tensor, pieces: int) -> list[Tensor]:
+def cut(flat: Tensor, pieces: int) -> list[Tensor]:
     """Tensors of about 1, 2 ... `pieces` shares of the elements."""
     unit = 2 * flat.shape[0] // (pieces * (pieces + 1))
     sizes = [unit * (i + 1) for i in range(pieces - 1)]
@@ -135,14 +135,14 @@ def _updated(averaged: Tensor, current: Tensor, alpha: float, pieces: int, steps
     _check.check_tensor(OP, "current", current, 1)
     averaged = averaged.clone()
     for _ in range(steps):
-        ema_update_(_cut(averaged, pieces), _cut(current, pieces), alpha)
+        ema_update_(cut(averaged, pieces), cut(current, pieces), alpha)
     return averaged
 
 
 def _reference(averaged: Tensor, current: Tensor, alpha: float, pieces: int, steps: int) -> Tensor:
     averaged = averaged.clone()
     for _ in range(steps):
-        for phi, theta in zip(_cut(averaged, pieces), _cut(current, pieces)):
+        for phi, theta in zip(cut(averaged, pieces), cut(current, pieces)):
             phi.mul_(alpha).add_(theta, alpha=1 - alpha)
     return averaged
 

@@ -11,12 +11,17 @@ import importlib
 METHODS = {
     "dmae": ("fastkd.train.config:DistillConfig", "a masked-autoencoder ViT from any ViT, without labels"),
     "kd": ("fastkd.train.recipes.kd:KDConfig", "any timm classifier from any other by a classic loss (--loss)"),
-    "maskalign": ("fastkd.train.recipes.maskalign:MaskAlignConfig", "a ViT from any ViT that sees more, without labels"),
-    "mic": ("fastkd.train.recipes.mic:MICConfig", "a classifier for a domain without labels, from itself"),
-    "selfdist": (
-        "fastkd.train.recipes.selfdist:SelfDistillationConfig", "a masked autoencoder, further on your images, from itself",
+    "maskalign": (
+        "fastkd.train.recipes.maskalign:MaskAlignConfig",
+        "a ViT from any ViT that sees more, without labels",
     ),
-}  # fmt: skip
+    "mic": ("fastkd.train.recipes.mic:MICConfig", "a classifier for a domain without labels, from its own average"),
+    "nkd": ("fastkd.train.recipes.nkd:NKDConfig", "any timm classifier from any other by the normalised loss"),
+    "promptkd": ("fastkd.train.recipes.promptkd:PromptKDConfig", "the prompts of a CLIP from those of a larger one"),
+    "scalekd": ("fastkd.train.recipes.scalekd:ScaleKDConfig", "any timm classifier from the features of a Swin or ViT"),
+    "selfdist": ("fastkd.train.recipes.selfdist:SelfDistillationConfig", "a masked autoencoder, further, from itself"),
+    "uskd": ("fastkd.train.recipes.nkd:USKDConfig", "a classifier with soft labels of its own making, no teacher"),
+}
 
 
 def config_of(name: str) -> type:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class MaskAlignConfig(RunConfig):
-    """Pre-train a ViT on unlabelled images by alignment with a teacher (CLIP, DINO, MAE ...), without reconstruction."""
+    """Pre-train a ViT on unlabelled images by alignment with a teacher (CLIP, DINO ...), without reconstruction."""
 
     method: Literal["maskalign"] = "maskalign"
     """What trains the student; fastkd distill --method NAME --help shows the options of another one."""
