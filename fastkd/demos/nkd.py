@@ -28,18 +28,18 @@ CE, ANSWERS, KD_, DKD, NKD_, TRUTH, UNTRAINED, TEACHER = (
 )  # fmt: skip
 # Chosen by --tune.
 CHOSEN: dict[str, dict[str, float]] = {
-    CE: dict(lr=1e-2),
-    ANSWERS: dict(lr=1e-2),
-    TRUTH: dict(lr=1e-2),
-    KD_: dict(lr=1e-2, temperature=4.0),
-    DKD: dict(lr=1e-2, temperature=4.0, beta=2.0),
-    NKD_: dict(lr=1e-2, temperature=3.0, gamma=3.5),
+    CE: dict(lr=0.005),
+    ANSWERS: dict(lr=0.01),
+    TRUTH: dict(lr=0.01),
+    KD_: dict(lr=0.01, temperature=4.0),
+    DKD: dict(lr=0.01, temperature=1.0, beta=0.5),
+    NKD_: dict(lr=0.01, temperature=1.0, gamma=1.5),
 }
 RATES = (5e-3, 1e-2)
 CANDIDATES: dict[str, list[dict[str, float]]] = {
-    CE: [dict(lr=lr) for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
-    ANSWERS: [dict(lr=lr) for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
-    TRUTH: [dict(lr=lr) for lr in (2e-3, 5e-3, 1e-2, 2e-2)],
+    CE: [dict(lr=lr) for lr in RATES],
+    ANSWERS: [dict(lr=lr) for lr in RATES],
+    TRUTH: [dict(lr=lr) for lr in RATES],
     KD_: [dict(lr=lr, temperature=t) for lr in RATES for t in (1.0, 4.0)],
     DKD: [dict(lr=lr, temperature=t, beta=b) for lr in RATES for t, b in ((1.0, 0.5), (4.0, 2.0))],
     NKD_: [dict(lr=lr, temperature=t, gamma=g) for lr in RATES for t, g in ((1.0, 1.5), (3.0, 3.5))],
@@ -54,7 +54,7 @@ class Config(CompareConfig):
     """Folder for rows and tables; finished rows of the same settings are kept, so that a run can be continued."""
     each: int = 6
     """Labelled pictures of each digit."""
-    steps: int = 400
+    steps: int = 300
     """Steps of 64 pictures."""
 
 

@@ -52,7 +52,7 @@ FEATURE_LOSSES = [
            features("feature_losses", "reference")),
     Mutant("PKT: rows are not probabilities", f"{FEATURES}/pkt_loss.py", "similar / similar.sum(1, keepdim=True)",
            "similar / similar.sum()", features("feature_losses", "reference")),
-    Mutant("hint: tokens are normalised along the batch of channels", f"{FEATURES}/hint_loss.py",
+    Mutant("hint: tokens are normalised along their sequence", f"{FEATURES}/hint_loss.py",
            "return 1 if feature.ndim in (4, 5) else -1", "return 1", beyond("normalises_channels")),
     Mutant("moving average: alpha counts the current weights", f"{WEIGHTS}/ema_update.py",
            "torch.full((), 1 - alpha,", "torch.full((), alpha,", ("test_ema_update.py", "-k", "golden and reference")),
