@@ -106,10 +106,8 @@ def tables() -> dict[str, object]:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        nested = any(isinstance(item, dict) for item in value.values())
-        return ", ".join(
-            f"{key} ({_plain(item)})" if nested else f"{key} {_plain(item)}" for key, item in value.items()
-        )
+        around = "({})" if any(isinstance(item, dict) for item in value.values()) else "{}"
+        return ", ".join(f"{key} {around.format(_plain(item))}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(_plain(item) for item in value)
     return str(value)
