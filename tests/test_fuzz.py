@@ -1,6 +1,6 @@
 """Hypothesis over every OpSpec's space: odd shapes, strides, dtypes and extreme values, on every backend here.
 
-Deterministic; FASTKD_FUZZ_EXAMPLES sets the examples per op and backend (default 25, fewer in the interpreter).
+Deterministic; FASTKD_FUZZ_EXAMPLES sets the examples per op and backend (default 12, fewer in the interpreter).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from op_checks import check_accuracy, differentiable, evaluate, to_double
 
 from fastkd.ops import SPECS, OpSpec, backend
 
-EXAMPLES = int(os.environ.get("FASTKD_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FASTKD_FUZZ_EXAMPLES", "12"))
 INTERPRETER_SHARE = 4  # the Triton interpreter is slow
 LAYOUTS = {"given": lambda t: t, "surrounded": memory.surrounded, "transposed": memory.transposed}
 # What is done to every differentiable tensor, and to floating images.
