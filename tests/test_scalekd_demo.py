@@ -33,7 +33,6 @@ def test_arms_start_from_the_same_student(study):
         found[arm] = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
         return judged(model)
 
-    study.teacher()
     study._judge = keep
     for arm in (scalekd.CE, scalekd.LOGITS, scalekd.FULL):
         study.run(arm, dict(lr=0.0, alpha=1.0), 3)
