@@ -41,7 +41,8 @@ METHODS = {
         "ImageNet, Swin-L -> R50: 82.03 (+3.39)",
     ),
     "maskalign": Method(
-        "MaskAlign", "images; a ViT that was trained with labels or texts", "MaskAlign, random masks", "DMAE",
+        "MaskAlign", "images; a ViT that was trained with labels or texts", "MaskAlign, attention masks",
+        "CE on the teacher's labels",
         "ImageNet fine-tuning, CLIP-B -> ViT-B: 85.4",
     ),
     "mic": Method(
