@@ -32,7 +32,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "nkd": Method(
-        "NKD", "labels; a classifier of the same classes", "NKD", "KD",
+        "NKD", "labels; a classifier of the same classes", "NKD", "CE, teacher's answers",
         "ImageNet, R34 -> R18: 69.90 -> 71.96",
     ),
     "uskd": Method("USKD", "labels; no teacher", "USKD", "CE, smoothed labels", "ImageNet, R18: 69.90 -> 70.79"),
@@ -106,7 +106,8 @@ def tables() -> dict[str, object]:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        around = "({})" if any(isinstance(item, dict) for item in value.values()) else "{}"
+        return ", ".join(f"{key} {around.format(_plain(item))}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(_plain(item) for item in value)
     return str(value)

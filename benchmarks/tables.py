@@ -15,7 +15,8 @@ def rows_of(name: str) -> list[dict]:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     rule = ["---" if i < left else "---:" for i in range(len(columns))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in [columns, rule, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
 def short(dtype: str) -> str:

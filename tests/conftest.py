@@ -20,20 +20,6 @@ from fastkd.ops import BACKENDS, SPECS, OpSpec, _dispatch  # noqa: E402
 # Test tensors are tiny; accuracy tests and fuzzing use several threads.
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Their tests share something that takes long to build, so under ``pytest -n`` they stay in one process.
-TOGETHER = ("test_cubin", "test_cuda_emulation", "test_nvcc", "test_teacher")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests of a group run in one process of pytest -n")
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist = "loadgroup"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.module.__name__ in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def device_of(backend: str) -> str:

@@ -28,12 +28,12 @@ CE, ANSWERS, KD_, DKD, NKD_, TRUTH, UNTRAINED, TEACHER = (
 )  # fmt: skip
 # Chosen by --tune.
 CHOSEN: dict[str, dict[str, float]] = {
-    CE: dict(lr=1e-2),
-    ANSWERS: dict(lr=1e-2),
-    TRUTH: dict(lr=1e-2),
-    KD_: dict(lr=1e-2, temperature=4.0),
-    DKD: dict(lr=1e-2, temperature=4.0, beta=2.0),
-    NKD_: dict(lr=1e-2, temperature=3.0, gamma=3.5),
+    CE: dict(lr=0.005),
+    ANSWERS: dict(lr=0.01),
+    TRUTH: dict(lr=0.01),
+    KD_: dict(lr=0.01, temperature=4.0),
+    DKD: dict(lr=0.01, temperature=1.0, beta=0.5),
+    NKD_: dict(lr=0.01, temperature=1.0, gamma=1.5),
 }
 RATES = (5e-3, 1e-2)
 CANDIDATES: dict[str, list[dict[str, float]]] = {

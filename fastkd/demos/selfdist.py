@@ -49,7 +49,7 @@ CANDIDATES: dict[str, list[dict[str, float]]] = {
     LONGER: [dict(lr=2.5e-4), dict(lr=5e-4), dict(lr=1e-3), dict(lr=1e-4)],
     SELF: [dict(lr=2.5e-4, weight=1.0), dict(lr=5e-4, weight=1.0)],  # the published weight
 }
-DISTANCE = Metric("log2_distance", "log2 |h - h_T|²", percent=False)
+DISTANCE = Metric("log2_distance", "log2 of the squared distance", percent=False)
 
 
 @dataclasses.dataclass(kw_only=True)
