@@ -81,7 +81,8 @@ def main(config: Config) -> int:
     settings = {name: getattr(config, name) for name in ("labels", "steps", "teacher_steps")}
     return compare(
         "scalekd", arms, config, baseline=CE, settings={**settings, "chosen": CHOSEN},
-        claims=[Claim(CE, UNTRAINED, 0.5), Claim(FULL, CE, -0.01)], title=f"digits, {config.labels} labels; the teacher: {study.accuracy():.1%}",
+        claims=[Claim(CE, UNTRAINED, 0.5), Claim(FULL, CE, -0.01)],
+        title=f"digits, {config.labels} labels; the teacher: {study.accuracy():.1%}",
     )  # fmt: skip
 
 
