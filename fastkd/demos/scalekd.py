@@ -71,7 +71,7 @@ class Config(CompareConfig):
 
 
 def main(config: Config) -> int:
-    """Runs the demo; 0 when done and ScaleKD is not worse than what it promises."""
+    """Runs the demo; 0 when done, with ScaleKD no more than a point behind cross entropy alone."""
     if config.quick:
         config.steps = config.teacher_steps = 3
     study = Study(config)
@@ -81,12 +81,13 @@ def main(config: Config) -> int:
     settings = {name: getattr(config, name) for name in ("labels", "steps", "teacher_steps")}
     return compare(
         "scalekd", arms, config, baseline=CE, settings={**settings, "chosen": CHOSEN},
-        claims=[Claim(FULL, CE, 0.0)], title=f"digits, {config.labels} labels; the teacher: {study.accuracy():.1%}",
+        claims=[Claim(CE, UNTRAINED, 0.5), Claim(FULL, CE, -0.01)],
+        title=f"digits, {config.labels} labels; the teacher: {study.accuracy():.1%}",
     )  # fmt: skip
 
 
 class Student(nn.Module):
-    """A convolutional network of 20,000 parameters: 8 x 8, 4 x 4 and 2 x 2 positions."""
+    """A convolutional network of 18,000 parameters: 8 x 8, 4 x 4 and 2 x 2 positions."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
