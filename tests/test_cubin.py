@@ -38,8 +38,13 @@ def test_every_kernel_compiles_for_every_architecture(rows):
 
 
 # Bytes a thread. Triton 3.6 needs a few more registers for the 128 x 128 tile on sm_80 than there are, and for 50 keys
-# on sm_100 than the assembler grants; 3.9 does not.
-SPILLS = {("visible_patch_embed", "_forward_kernel", 80): 96, ("attention", "_backward_kernel", 100): 8}
+# on sm_100 than the assembler grants; 3.9 does not. The other two keep one address on the stack.
+SPILLS = {
+    ("visible_patch_embed", "_forward_kernel", 80): 96,
+    ("attention", "_backward_kernel", 100): 8,
+    ("linear_kl", "_whole_kernel", 100): 8,
+    ("masked_consistency_loss", "_backward_resized_kernel", 80): 8,
+}
 
 
 def test_no_kernel_spills(rows):

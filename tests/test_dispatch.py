@@ -45,7 +45,8 @@ def test_every_kernel_is_in_the_native_library():
         pytest.skip(_native.why_not_loaded("cpu"))
     missing = {name: k.why_not("cpp", "cpu", torch.float32) for name, k in Kernel.all.items()}
     missing = {name: reason for name, reason in missing.items() if reason}
-    assert missing == {"quantize_rows": "no C++ kernel is written for it"}
+    without = ("gram", "gram_backward", "quantize_rows")  # products, which are torch's; Triton alone
+    assert missing == dict.fromkeys(without, "no C++ kernel is written for it")
 
 
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
