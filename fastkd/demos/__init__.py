@@ -34,11 +34,11 @@ DEMOS = {
     ),
     "mic": Demo(
         "segmentation of garments moves to a domain without labels: masked image consistency beside its controls",
-        "5 minutes",
+        "6 minutes",
     ),
     "nkd": Demo(
-        "a small network learns Fashion-MNIST from a larger one by NKD, KD and DKD, beside cross entropy",
-        "5 minutes",
+        "a small network learns digits with 60 labels from a larger one by NKD, KD and DKD, beside cross entropy",
+        "1 minute",
     ),
     "promptkd": Demo(
         "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
@@ -55,7 +55,7 @@ DEMOS = {
         "6 minutes",
     ),
     "uskd": Demo(
-        "a network without a teacher learns Fashion-MNIST from 1,000 labels by USKD, beside smoothed labels",
-        "3 minutes",
+        "a network without a teacher learns digits from 60 labels by USKD, beside smoothed labels",
+        "1 minute",
     ),
 }
