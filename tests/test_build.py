@@ -142,7 +142,7 @@ def test_environment_variables_are_documented():
 
 
 def test_ci_runs_the_command_of_the_readme():
-    command = "pip install '.[test]' && pytest"
+    command = "pip install '.[test]' && pytest -n auto --dist loadfile"
     assert command in (ROOT / "README.md").read_text(), f"the README must say: {command}"
     script = (ROOT / ".ci/run").read_text()
     for part in command.split(" && "):
