@@ -6,6 +6,7 @@ options and says how its model is built: `DistillConfig` (DMAE) here, the others
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(abc.ABC):
     """A training run on a folder of images."""
 
     data: Path
@@ -98,21 +99,21 @@ class RunConfig:
         """Whether some parameters may get no gradient in a step, which several processes must know."""
         return True
 
+    @abc.abstractmethod
     def build(self, device: torch.device) -> tuple[nn.Module, RunConfig]:
         """The method on a device, and the config with everything resolved that depends on its models.
 
         Raises:
             ConfigError: names, paths or sizes that do not fit.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
         """What judges the method on held-out images while it trains (`evaluate`) and draws it (`draw`)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def summary(self, method: nn.Module) -> str:
         """The line of the log that says what learns from what."""
-        raise NotImplementedError
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these values, one line each."""
