@@ -14,6 +14,7 @@ from fastkd import __version__
 from fastkd.cli import COMMANDS, main
 from fastkd.models import MaskedAutoencoderViT, load_vit
 from fastkd.train import DistillConfig
+from fastkd.train.track import RunFolder
 
 
 def fastkd(capsys, *arguments) -> tuple[int, str, str]:
@@ -88,7 +89,7 @@ def test_distill_and_export(capsys, tmp_path):
     config = tiny_config(tmp_path, steps=2, student_blocks=(0, 1), teacher_blocks=(1, 2))
     code, _, err = fastkd(capsys, "distill", *as_arguments(config))
     assert code == 0 and "finished after 2 steps" in err
-    resolved = json.loads((tmp_path / "run/config.json").read_text())
+    resolved = RunFolder(tmp_path / "run").config()
     assert resolved["teacher_blocks"] == [1, 2] and resolved["lr"] == 1e-2
 
     code, _, err = fastkd(capsys, "distill", *as_arguments(dataclasses.replace(config, alpha=2.0)))

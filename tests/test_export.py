@@ -162,5 +162,5 @@ def test_the_readme_loads_an_exported_student(tmp_path):
     export_timm(mae_vit("tiny", 14, 112, depth=12), path)
     code = (TESTS.parent / "README.md").read_text().split("```python\nimport timm\n")[1].split("```")[0]
     found: dict = {"timm": pytest.importorskip("timm")}
-    exec(code.replace("run/exported_models/student_timm.safetensors", str(path)), found)
+    exec(code.replace("run/exported/student_timm.safetensors", str(path)), found)
     assert found["model"](torch.zeros(1, 3, 112, 112)).shape == (1, 192)

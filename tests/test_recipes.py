@@ -17,6 +17,7 @@ from fastkd.train.recipes.nkd import NKDConfig, USKDConfig
 from fastkd.train.recipes.promptkd import PromptKDConfig
 from fastkd.train.recipes.scalekd import ScaleKDConfig
 from fastkd.train.recipes.selfdist import SelfDistillationConfig
+from fastkd.train.track import RunFolder
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def write_clip(folder, width):
 def test_promptkd(options, tmp_path, monkeypatch):
     large, small = write_clip(tmp_path / "large", 24), write_clip(tmp_path / "small", 16)
     first = distill(PromptKDConfig(student=large, out=tmp_path / "first", depth=2, **options))
-    assert json.loads((first.run / "config.json").read_text())["classes"] == ["cat", "dog"]
+    assert RunFolder(first.run).facts()["classes"] == ["cat", "dog"]
 
     def second(name):
         return PromptKDConfig(student=small, teacher=str(first.run), out=tmp_path / name, depth=2, **options)

@@ -23,7 +23,7 @@ from fastkd.ops import patchify
 from fastkd.train import ConfigError, TrainingError, adamw, checkpoint, distill, lr_at, param_groups, set_lr
 from fastkd.train.held_out import HeldOut
 from fastkd.train.plots import _fill_in
-from fastkd.train.track import Reporter
+from fastkd.train.track import Reporter, RunFolder
 
 GOLDEN = Path(os.environ.get("FASTKD_GOLDEN_DIR", Path(__file__).parent / "golden"))
 LOSSES = ("loss", "pixel_loss", "align_loss")
@@ -107,9 +107,11 @@ def test_run_folder(tmp_path, plots):
     result = distill(config)
     run = tmp_path / "run"
     assert result.finished and result.step == 24
-    resolved = json.loads((run / "config.json").read_text())
+    resolved = RunFolder(run).config()
     assert resolved["student_blocks"] == [1] and resolved["teacher_blocks"] == [2]  # three quarters of 3 and of 4
-    assert resolved["img_size"] == [16, 16] and resolved["epochs"] == 8.0 and resolved["versions"]["torch"]
+    assert (
+        resolved["img_size"] == [16, 16] and resolved["epochs"] == 8.0 and RunFolder(run).facts()["versions"]["torch"]
+    )
     rows = [row for row in metrics(run) if "loss" in row]
     keys = {"step", "epoch", "lr", *LOSSES, "images_per_second", "data_wait", "skipped", "seconds"}
     assert all(set(row) == keys for row in rows) and [row["step"] for row in rows] == list(range(2, 25, 2))
@@ -121,13 +123,15 @@ def test_run_folder(tmp_path, plots):
     assert held_out[-1]["val_align_loss"] < 0.8 * held_out[0]["val_align_loss"]
     log = (run / "train.log").read_text()
     assert "broken.jpg" in log and "step 24" in log and "finished after 24 steps" in log
-    for name in ("loss_curves.png", "reconstruction.png"):
+    for name in ("pictures/loss_curves.png", "pictures/reconstruction.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_features_alone_have_no_reconstruction_plot(tmp_path, plots):
     distill(tiny_config(tmp_path, steps=1, reconstruct=False))
-    assert (tmp_path / "run/loss_curves.png").exists() and not (tmp_path / "run/reconstruction.png").exists()
+    assert (tmp_path / "run/pictures/loss_curves.png").exists() and not (
+        tmp_path / "run/pictures/reconstruction.png"
+    ).exists()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
@@ -176,7 +180,7 @@ tests, folder, out, kill_at = sys.argv[1:]
 sys.path.insert(0, tests)
 from tiny_run import tiny_config
 from fastkd.train import distill
-from fastkd.train.track import Reporter
+from fastkd.train.track import Reporter, RunFolder
 done = []
 def step(self):
     done.append(1)

@@ -54,7 +54,7 @@ class Config:
     """Folder for tables, figures and the exported students."""
     full: bool = False
     """75, 90, 95 and 98 % masking with 5 seeds on all 60,000 pictures (needs --fashion), and the inexact options at 75
-    and 95 % with 3 seeds; finished runs in --out are kept, so it can be continued."""
+    and 95 %; finished runs in --out are kept, so it can be continued."""
     fashion: Path | None = None
     """Folder with the four *-ubyte.gz files of Fashion-MNIST (Debian: /usr/share/datasets/fashion-mnist from the
     package dataset-fashion-mnist) instead of the embedded 8,000 pictures."""
@@ -178,7 +178,7 @@ class Demo:
         self.console.print(f"[bold]DMAE on {source}[/]: {sizes}")
         jobs = [(name, ratio, seed) for ratio in self.ratios for seed in self.seeds for name in METHODS]
         if self.option_ratios:
-            jobs += [(name, r, seed) for r in self.option_ratios for seed in self.seeds[:3] for name in OPTIONS]
+            jobs += [(name, r, seed) for r in self.option_ratios for seed in self.seeds for name in OPTIONS]
         results = self.results
         with one_thread(), self._progress() as progress:
             if self.config.full and ("raw pixels", None, 0) not in results:

@@ -36,7 +36,7 @@ class RunConfig(abc.ABC):
     data: Path
     """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
     out: Path
-    """Run folder to write: config.json, checkpoints, exported_models, metrics.jsonl, train.log, plots."""
+    """Run folder to write: config.yaml, checkpoints, exported, metrics.jsonl, train.log, pictures."""
     img_size: int | tuple[int, int] | None = None
     """Side or height and width in pixels; default: what the student's name or checkpoint says, else 224."""
     in_chans: Literal[1, 3] = 3

@@ -43,13 +43,13 @@ class HeldOut:
         _tell(run, step, epoch, means)
 
     def draw(self, run: RunFolder) -> None:
-        """Writes loss_curves.png and, where pixels are learnt, reconstruction.png."""
+        """Writes loss curves and, where pixels are learnt, reconstructions."""
         from .plots import loss_curves, reconstruction
 
-        loss_curves(run.metrics(), LOSSES[1:], run.root / "loss_curves.png")
+        loss_curves(run.metrics(), LOSSES[1:], run.pictures / "loss_curves.png")
         if self.config.reconstruct:
             images = self.images[:PICTURES].to(self.device)
-            reconstruction(self.method.student, images, self.config.mask_ratio, run.root / "reconstruction.png")
+            reconstruction(self.method.student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
 
 
 class HeldOutLosses:
@@ -77,10 +77,10 @@ class HeldOutLosses:
         _tell(run, step, epoch, dict(zip([f"val_{name}" for name in names], (total / len(self.images)).tolist())))
 
     def draw(self, run: RunFolder) -> None:
-        """Writes loss_curves.png."""
+        """Writes the loss curves."""
         from .plots import loss_curves
 
-        loss_curves(run.metrics(), self.method.losses, run.root / "loss_curves.png")
+        loss_curves(run.metrics(), self.method.losses, run.pictures / "loss_curves.png")
 
 
 class HeldOutClasses:
@@ -114,11 +114,11 @@ class HeldOutClasses:
         _tell(run, step, epoch, dict(val_loss=F.cross_entropy(logits, self.labels).item(), val_accuracy=accuracy))
 
     def draw(self, run: RunFolder) -> None:
-        """Writes loss_curves.png."""
+        """Writes the loss curves."""
         from .plots import loss_curves
 
         names = [*self.method.losses, *(["accuracy"] if self.config.val_data else [])]
-        loss_curves(run.metrics(), names, run.root / "loss_curves.png")
+        loss_curves(run.metrics(), names, run.pictures / "loss_curves.png")
 
 
 def crops(config: RunConfig, wanted: int) -> tuple[Tensor, list[int], list[str]]:

@@ -93,7 +93,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     )  # fmt: skip
     held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:
-        run.begin({**config.as_dict(), "given": given, "classes": getattr(method, "classes", None)})
+        run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)
     group.barrier()
 

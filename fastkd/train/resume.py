@@ -45,13 +45,14 @@ def check_same_run(config: RunConfig, given: dict, run: RunFolder) -> None:
     Args:
         config: resolved.
         given: the same before it was resolved: what merely follows from a changed setting is not listed.
-        run: the folder with the run's own config.json.
+        run: the folder with the run's own config.yaml.
     """
-    before, now, given = run.config(), RunFolder.plain(config.as_dict()), RunFolder.plain(given)
+    before, facts = run.config(), run.facts().get("given", {})
+    now, given = RunFolder.plain(config.as_dict()), RunFolder.plain(given)
     changed = [
         name for name in now
         if name not in _FREE and now[name] != before.get(name)
-        and (name == "amp" or given[name] != before.get("given", {}).get(name))
+        and (name == "amp" or given[name] != facts.get(name))
     ]  # fmt: skip
     if changed:
         fix = f"repeat the run's value, or continue with another one in a new folder: --resume {run.root} --out NEW"

@@ -1,4 +1,4 @@
-"""What a run leaves behind and what it shows: metrics.jsonl, train.log, config.json and the progress bar."""
+"""What a run leaves behind and what it shows: metrics.jsonl, train.log, config.yaml and the progress bar."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger("fastkd")
+CONFIG, FACTS = "config.yaml", "run"
+HEADING = (
+    f"# What ran, in full: fastkd distill --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
+)
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
 
@@ -24,30 +29,44 @@ class RunFolder:
     Attributes:
         root: the folder.
         checkpoint: ``checkpoints/last``.
-        exported: ``exported_models/student_timm.safetensors``.
+        pictures: ``pictures``, a folder.
+        exported: ``exported/student_timm.safetensors``.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
         self.checkpoint = self.root / "checkpoints/last"
-        self.exported = self.root / "exported_models/student_timm.safetensors"
+        self.exported = self.root / "exported/student_timm.safetensors"
+        self.pictures = self.root / "pictures"
         self._metrics = self.root / "metrics.jsonl"
 
-    def begin(self, config: dict) -> None:
-        """Creates the folders and writes config.json."""
-        for folder in (self.root, self.checkpoint.parent, self.exported.parent):
+    def begin(self, config: dict, facts: dict) -> None:
+        """Creates the folders and writes config.yaml: the config, and under `run` facts that no option sets."""
+        for folder in (self.root, self.checkpoint.parent, self.exported.parent, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
-        (self.root / "config.json").write_text(json.dumps({**config, "versions": versions()}, indent=1) + "\n")
+        content = {**self.plain(config), FACTS: self.plain({**facts, "versions": versions()})}
+        fresh = self.root / f"{CONFIG}.new"
+        fresh.write_text(HEADING + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+        os.replace(fresh, self.root / CONFIG)
 
     @staticmethod
     def plain(config: dict) -> dict:
-        """A config as it reads back from config.json (tuples are lists there)."""
+        """A config as it reads back from config.yaml (tuples are lists there)."""
         return json.loads(json.dumps(config))
 
     def config(self) -> dict:
         """The config of the run that is there; empty without one."""
-        path = self.root / "config.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return self._written()[0]
+
+    def facts(self) -> dict:
+        """What else config.yaml says: `given` (the options before they were resolved), `classes`, `versions`."""
+        return self._written()[1]
+
+    def _written(self) -> tuple[dict, dict]:
+        path = self.root / CONFIG
+        content = yaml.safe_load(path.read_text()) if path.exists() else {}
+        facts = content.pop(FACTS, {})
+        return content, facts
 
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl; a last line that a crash cut off is left out."""

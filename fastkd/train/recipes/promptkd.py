@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,20 +98,19 @@ class PromptKDConfig(RunConfig):
         from fastkd.models.class_vectors import FeatureProjector
         from fastkd.models.prompts import PromptedEncoder
         from fastkd.train.build import weights_of
+        from fastkd.train.track import RunFolder
 
         run = Path(self.teacher).expanduser()
         try:
-            given = json.loads((run / "config.json").read_text())
-            teacher, _ = prompted(
-                given["student"], given["template"], given["classes"], given["length"], given["depth"]
-            )
+            given, classes = RunFolder(run).config(), RunFolder(run).facts()["classes"]
+            teacher, _ = prompted(given["student"], given["template"], classes, given["length"], given["depth"])
             teacher.load_state_dict(load_file(weights_of(run)))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigError([f"--teacher: {run}: got no finished run of stage 1 ({error})"]) from error
         clip, _ = _clip(self.student)
         vision = clip.config.vision_config
         encoder = PromptedEncoder.of_clip(clip, self.length, min(self.depth, vision.num_hidden_layers))
-        bank = teacher.eval().bank(given["classes"])
+        bank = teacher.eval().bank(classes)
         projector = FeatureProjector(clip.config.projection_dim, bank.text_features.shape[1])
         student = PromptStudent(encoder, projector, bank, clip.logit_scale.detach().exp().item())
         method = PromptKD(
