@@ -1,4 +1,4 @@
-"""The command line: ``fastkd distill | pack | demo | bench | info | export``. Heavy imports wait for the command."""
+"""The command line of fastkd, one function per command. Heavy imports wait for the command."""
 
 from __future__ import annotations
 
@@ -85,6 +85,18 @@ def pack(arguments: list[str]) -> int:
     return run(options)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Judge features on class folders: nearest neighbours, linear probe, and the source's own head."""
+    from fastkd.evaluation.config import EvalConfig
+
+    config = _parse(EvalConfig, "eval", arguments)
+    config.validate()  # before torch is imported
+    from fastkd.evaluation.command import evaluate as run
+
+    run(config)
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Write a student for timm, transformers or fastkd."""
     options = _parse(Export, "export", arguments)
@@ -161,6 +173,7 @@ def bench(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
+    "eval": evaluate,
     "pack": pack,
     "demo": demo,
     "bench": bench,

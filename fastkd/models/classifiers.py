@@ -54,15 +54,31 @@ def load_classifier(
 def save_classifier(model: nn.Module, path: str | Path) -> str:
     """Writes the weights, and in the metadata how to make the model again; the line of Python that timm loads it by.
 
+    Where the model has `classes`, a list of names, they go along, and `load_classifier` sets them again.
     A model that `load_classifier` did not make is saved without that: timm's own `load_checkpoint` reads the file.
     """
     name, arguments = getattr(model, TIMM, ("", {}))
-    notes = {TIMM: json.dumps({"name": name, "arguments": arguments})} if name else {}
+    described = {"name": name, "arguments": arguments, "classes": getattr(model, "classes", None)}
+    notes = {TIMM: json.dumps(described)} if name else {}
     write_safetensors(model.state_dict(), path, {}, notes)
     if not name:
         return f"safetensors.torch.load_model(model, {str(path)!r})"
     extra = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return f"timm.create_model({name!r}{extra}, checkpoint_path={str(path)!r})"
+
+
+def is_classifier(source: str | Path) -> bool:
+    """Whether a source is a file that `save_classifier` wrote, with the name of the architecture."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return TIMM in (file.metadata() or {})
+    except SafetensorError:  # damaged: what reads it says so
+        return False
 
 
 def _timm(name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | Path | None = None) -> nn.Module:
@@ -112,6 +128,7 @@ def _from_file(path: Path, num_classes: int | None) -> nn.Module:
     found = json.loads(notes[TIMM])
     model = _timm(found["name"], found["arguments"], pretrained=False)
     load_model(model, path)
+    model.classes = found.get("classes")
     own = getattr(model, "num_classes", None)
     if num_classes is not None and own != num_classes:
         raise ValueError(f"{path}: got a classifier of {own} classes, expected {num_classes}")
