@@ -117,6 +117,12 @@ class RunConfig(abc.ABC):
             ConfigError: names, paths or sizes that do not fit.
         """
 
+    def param_groups(self, method: nn.Module) -> list[dict]:
+        """Parameters to train, in groups with their own `weight_decay` and, where wanted, `lr_scale`."""
+        from .optimizer import param_groups
+
+        return param_groups(method, self.weight_decay)
+
     @abc.abstractmethod
     def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
         """What judges the method on held-out images while it trains (`evaluate`) and draws it (`draw`)."""

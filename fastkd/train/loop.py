@@ -22,6 +22,7 @@ from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
+from .reseed import reseed
 from .resume import check_same_run, checkpoint_to_resume, restore
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
@@ -104,7 +105,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
             heads=method.training_state(), scaler=train_step.scaler.state_dict(),
-            loader=loader.state_dict(), rng=torch.get_rng_state(),
+            loader=loader.state_dict(),
         )  # fmt: skip
         checkpoint.save(run.checkpoint, method.student, state)
         held_out.draw(run)
@@ -119,6 +120,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         while step < config.steps and not interrupt.pressed:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
+            reseed(device, config.seed, step, group.rank)
             history[filled] = train_step(batches)
             step, filled = step + 1, filled + 1
             method.after_step(step)

@@ -72,7 +72,7 @@ def restore(
     """
     device = next(method.parameters()).device
     state = checkpoint.load_state(source, device)
-    kept = ("weight_decay", "betas", "lr", "capturable")
+    kept = ("weight_decay", "betas", "lr", "lr_scale", "capturable")
     options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         checkpoint.load_student(source, method.student)
@@ -84,5 +84,4 @@ def restore(
         raise ConfigError([f"--resume: the checkpoint {source} does not fit: {error}"]) from error
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
-    torch.set_rng_state(state["rng"].cpu())
     return state
