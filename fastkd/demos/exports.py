@@ -27,7 +27,7 @@ def transformers_features(student: VisionTransformer, folder: Path, images: Tens
     """[N, D] mean patch tokens of a folder that ``fastkd export --format transformers`` wrote, as `timm_features`."""
     import transformers
 
-    loaded = transformers.ViTMAEModel.from_pretrained(folder, mask_ratio=0.0).eval().to(images.device)
+    loaded = transformers.ViTMAEForPreTraining.from_pretrained(folder, mask_ratio=0.0).vit.eval().to(images.device)
     in_order = torch.arange(student.num_patches, device=images.device, dtype=torch.float32)
     noise = in_order.expand(len(images), -1)  # it sorts patches by this noise even where none is masked
     tokens = loaded(normalize(images, student.mean, student.std), noise=noise).last_hidden_state

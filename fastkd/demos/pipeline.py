@@ -246,7 +246,7 @@ def quick(config: Config) -> tuple[Plan, Config]:
         coarse = draw.integers(0, 256, (4, 4, channels), np.uint8)
         return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
-    for number in range(18):
+    for number in range(36):
         path = out / "made_up/stamps" / "abc"[number % 3] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(40, 4).save(path)
@@ -256,9 +256,9 @@ def quick(config: Config) -> tuple[Plan, Config]:
     teacher = out / "made_up/teacher.safetensors"
     with seeded(0):
         save(VisionTransformer(**QUICK | dict(embed_dim=32, depth=4)), teacher)
-    plan = Plan(
-        QUICK | dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2), str(teacher), 2, pretrain_steps=2,
-        distill_steps=2, batch_size=4, linear_epochs=2, finetune=PLAN.finetune | dict(epochs=1, batch_size=4),
-    )  # fmt: skip
+    student = QUICK | dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    finetune = FINETUNE | dict(epochs=1, warmup_epochs=0, batch_size=4)
+    steps = dict(pretrain_steps=2, distill_steps=2, batch_size=4, linear_epochs=2)
+    plan = Plan(student, str(teacher), 2, finetune, **steps)
     made_up = dict(stamps=out / "made_up/stamps", photos=(out / "made_up/photos",), seeds=1)
     return plan, dataclasses.replace(config, **made_up)

@@ -47,13 +47,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     gaps = [gap for row in rows for gap in row.get("export_gaps", {}).values()]
     said = [
-        f"{first['unlabelled']} unlabelled pictures; {first['train']} of them are stamps, whose labels probes "
-        f"and fine-tuning learn from; {first['val']} stamps are held out, drawn anew by every seed. In brackets: the 95 % "
-        "interval (Wilson) of that many pictures. Differences: paired by seed, mean ± half of the 95 % t-interval. s: "
-        "processor seconds.",
+        f"{first['unlabelled']} unlabelled pictures; {first['train']} of them are stamps, whose labels probes and "
+        f"fine-tuning learn from; {first['val']} stamps are held out, drawn anew by every seed. In brackets: the 95 % "
+        "interval (Wilson) of that many pictures. Differences: paired by seed, mean ± half of the 95 % t-interval. "
+        "s: processor seconds.",
     ]
     if gaps:
-        said.append(
-            f"Features of the exports in timm and transformers differ by at most {max(gaps):.0e} of the largest."
-        )
+        largest = max(gaps)
+        said.append(f"Features of the exports in timm and transformers differ by at most {largest:.0e} of the largest.")
     return said
