@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from .loader import UnreadableError, as_it_is, ignore_interrupt, open_images
 from .packed import COLUMNS, FORMAT, HEADER, PLAN, VERSION
 from .reading import printable
-from .source import ImageFiles
+from .source import ImageFiles, ImageSource
 from .transforms import shrink
 
 TYPICAL_RATIO = 4 / 3  # long side over short side of a usual photo: decides how many images make a shard
@@ -78,7 +78,7 @@ def pack(
     for name, value in (("short_side", short_side), ("shard_mb", shard_mb)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    folder = folder if isinstance(folder, ImageFiles) else open_images(folder)
+    folder = folder if isinstance(folder, ImageSource) else open_images(folder)
     if not isinstance(folder, ImageFiles):
         raise ValueError(f"folder: got {folder.root}, packed already, expected image files or archives")
     out = Path(out).expanduser()
