@@ -12,7 +12,8 @@ import pytest
 import torch
 from archives import write_shards, write_tar
 from PIL import Image
-from tiny_run import write_pictures
+from test_cli import as_arguments, fastkd
+from tiny_run import tiny_config, write_models, write_pictures
 
 from fastkd.data import ImageFolder, ImageLoader, TarImages, UnreadableError, open_images, pack, tars
 
@@ -254,3 +255,15 @@ def test_batches_do_not_depend_on_workers(pictures, tmp_path):
     shards = write_shards(pictures, tmp_path / "shards")
     ours, theirs = take(ImageLoader(shards, SIZE, 4, workers=2), 5), take(ImageLoader(pictures, SIZE, 4), 5)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.keys, b.keys) for a, b in zip(ours, theirs))
+
+
+def test_training_from_archives(capsys, pictures, tmp_path):
+    write_models(tmp_path)
+    shards = write_shards(pictures, tmp_path / "shards")
+    config = tiny_config(tmp_path, data=shards, val_data=shards / "00001.tar", steps=2)
+    code, _, err = fastkd(capsys, "distill", *as_arguments(config))
+    assert code == 0 and "12 images at 16 x 16" in err and "finished after 2 steps" in err
+    (shards / "x.tar.gz").touch()
+    other = tiny_config(tmp_path, out="other", data=shards)
+    code, _, err = fastkd(capsys, "distill", *as_arguments(other))
+    assert code == 2 and "--data: archive " in err and "got a compressed archive" in err
