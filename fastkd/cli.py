@@ -40,9 +40,12 @@ class Pack:
     """Decode the images of a folder once and keep their pixels: training then reads them without decoding."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of images, at any depth; the first folder level is the class."""
-    out: tyro.conf.Positional[Path]
+    """Folder of images, at any depth, the first folder level being the class; or .tar archives; with --verify a packed
+    folder."""
+    out: tyro.conf.Positional[Path | None] = None
     """Folder to write; --data of fastkd distill takes it. The same command goes on where it was stopped."""
+    verify: bool = False
+    """Only check a packed folder against its checksums, and name the images that are damaged."""
     short_side: int = 256
     """Shrink images until their shorter side has so many pixels; smaller ones stay as they are."""
     channels: Literal[1, 3] = 3

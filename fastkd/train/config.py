@@ -46,7 +46,8 @@ class RunConfig(abc.ABC):
     }
 
     data: Path
-    """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
+    """Folder of images, at any depth (class folders do not matter), or of .tar archives, such an archive, or a folder
+    that fastkd pack wrote."""
     out: Path
     """Run folder to write: config.yaml, checkpoints, exported, metrics.jsonl, train.log, pictures."""
     img_size: int | tuple[int, int] | None = None
@@ -144,8 +145,8 @@ class RunConfig(abc.ABC):
             self._need(found, argument, value is None or bool(value.strip()), "a name or a path")
         for argument in ("data", "val_data"):
             folder = getattr(self, argument)
-            if folder is not None and not Path(folder).expanduser().is_dir():
-                found.append(problem(argument, folder, "an existing folder of images", "check the path"))
+            if folder is not None and not Path(folder).expanduser().exists():
+                found.append(problem(argument, folder, "an existing folder of images, or .tar file", "check the path"))
         out = Path(self.out).expanduser()
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
