@@ -26,6 +26,10 @@ LOSSES = ("loss", "pixel_loss", "align_loss")
 class RunFolder:
     """Files of one run.
 
+    Args:
+        root: the folder.
+        writes: False reads alone: of several processes one writes.
+
     Attributes:
         root: the folder.
         checkpoint: ``checkpoints/last``.
@@ -33,8 +37,8 @@ class RunFolder:
         exported: ``exported/student_timm.safetensors``.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+    def __init__(self, root: str | Path, writes: bool = True) -> None:
+        self.root, self.writes = Path(root).expanduser(), writes
         self.checkpoint = self.root / "checkpoints/last"
         self.exported = self.root / "exported/student_timm.safetensors"
         self.pictures = self.root / "pictures"
@@ -87,8 +91,9 @@ class RunFolder:
 
     def add(self, row: dict) -> None:
         """Appends a line to metrics.jsonl."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def versions() -> dict[str, str]:
