@@ -246,7 +246,7 @@ def test_processes_that_differ_do_not_start(folder):
 def test_a_mistake_on_one_machine_ends_all(folder):
     first, second = run_pair(train_with, folder, [], ["--data", folder / "nowhere"])
     assert first.code == second.code == 2
-    assert "nowhere, expected an existing folder of images; check the path (rank 1 on " in first.output
+    assert "nowhere, expected an existing folder of images, or .tar file; check the path (rank 1 on " in first.output
 
 
 def fail_in_setup(rank: int, folder: Path) -> None:
