@@ -1,0 +1,143 @@
+"""The documentation is true: its code runs, its commands parse, its links, files and options exist."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+
+import pytest
+from page_setup import prepare
+from pages import OPTION, PAGES, ROOT, SHELLS, anchors, blocks, commands, fastkd_arguments, links, options, text
+
+from fastkd import cli
+
+# Blocks that cannot run here, by page. A new one is a decision: the number is changed by hand.
+NOT_RUN: dict[str, int] = {}
+# Pages whose blocks another test runs, against what they replace.
+ELSEWHERE = {"docs/losses.md": "test_losses_page.py"}
+# Commands that run here as they are written, but for what comes behind: small and short.
+SMALL = "--steps 1 --batch-size 2 --workers 0 --device cpu --amp off".split()
+RUN = {
+    "README.md": {"distill": ["--teacher", "teacher.safetensors", *SMALL]},
+}
+WITH_PYTHON = [page for page in PAGES if page not in ELSEWHERE and any(b.language == "python" for b in blocks(page))]
+REQUIRED = {"--teacher": "t", "--student": "vit_tiny_patch16", "--data": "d", "--out": "o"}
+NOT_HERE = re.compile("existing|a checkpoint or run")  # what is said of files of the pages, which are not here
+
+
+def fastkd(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    names = prepare(page, tmp_path, monkeypatch)
+    ran = 0
+    for block in blocks(page):
+        if block.not_run:
+            continue
+        if block.language == "python":
+            exec(compile("\n" * int(block.place.split(":")[1]) + block.code, page, "exec"), names)
+            ran += 1
+        elif block.language in SHELLS:
+            for arguments in filter(None, map(fastkd_arguments, commands(block))):
+                if arguments[0] in RUN.get(page, {}):
+                    assert fastkd([*arguments, *RUN[page][arguments[0]]]) == 0, (block.place, arguments)
+    assert ran or all(block.not_run for block in blocks(page, "python"))
+
+
+def test_what_does_not_run_is_counted():
+    found = {page: sum(block.not_run is not None for block in blocks(page)) for page in PAGES}
+    assert {page: count for page, count in found.items() if count} == NOT_RUN
+
+
+class Parsed(Exception):
+    """Carries what a command line was parsed to, past the command."""
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """Parses arguments of fastkd as the command line does; returns what the command would get."""
+    real = cli.tyro.cli
+
+    def stop(*args, **kwargs):
+        raise Parsed(real(*args, **kwargs))
+
+    def parse(arguments: list[str], place: str):
+        try:
+            cli.main(arguments)
+        except Parsed as parsed:
+            return parsed.args[0]
+        except SystemExit:
+            shown = capsys.readouterr()
+            raise AssertionError(f"{place}: fastkd {' '.join(arguments)}\n{shown.out}{shown.err}") from None
+
+    monkeypatch.setattr(cli.tyro, "cli", stop)
+    return parse
+
+
+ARGUMENTS = [
+    (block.place, arguments)
+    for page in PAGES
+    for block in blocks(page, *SHELLS)
+    for arguments in map(fastkd_arguments, commands(block))
+    if arguments
+]
+
+
+@pytest.mark.parametrize("place, arguments", ARGUMENTS, ids=[f"{place} {a[0]}" for place, a in ARGUMENTS])
+def test_commands_are_understood(place, arguments, parse):
+    if arguments == ["demo", "--list"] or arguments[0] == "bench":
+        return
+    if "..." in arguments:  # stands for what the page showed before
+        arguments = [word for word in arguments if word != "..."]
+        for name in REQUIRED.keys() - set(arguments):
+            arguments += [name, REQUIRED[name]]
+    config = parse(arguments, place)
+    wrong = getattr(config, "problems", list)()
+    assert not [line for line in wrong if not NOT_HERE.search(line)], place
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(there.resolve().relative_to(ROOT))), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    """Paths in backticks that begin with a folder of this repository."""
+    for path in re.findall(r"`((?:fastkd|tests|docs|benchmarks|examples|csrc|\.ci)/[\w./*-]+)`", text(page)):
+        assert any(ROOT.glob(path)), f"{page}: {path}"
+
+
+# Options of other programs that the pages name: pytest, pip, torchrun, git.
+FOREIGN = {"--dist", "--nproc-per-node", "--no-deps"}
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Every option in the help of every command, method, demo and benchmark."""
+    from fastkd.demos import DEMOS
+    from fastkd.train.recipes import METHODS
+
+    asked = [[name] for name in cli.COMMANDS if name not in ("demo", "bench")]
+    asked += [["distill", "--method", name] for name in METHODS] + [["demo", name] for name in DEMOS]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        for arguments in asked:
+            assert fastkd([*arguments, "--help"]) == 0
+    scripts = "".join(path.read_text() for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("fastkd/demos/*.py")])
+    return set(OPTION.findall(shown.getvalue() + scripts)) | FOREIGN
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_exist(page, known):
+    assert not options(page) - known
