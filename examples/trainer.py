@@ -24,7 +24,7 @@ class DistillationTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
         self.criterion = KDLoss(temperature=2, ce_weight=0.5, kd_weight=0.5)
-        self.model_accepts_loss_kwargs = False           # the loss is a mean per batch: accumulation divides it
+        self.model_accepts_loss_kwargs = False  # the loss is a mean per batch: accumulation divides it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")

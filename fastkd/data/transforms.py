@@ -94,7 +94,7 @@ def random_box(
 
 
 def open_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
-    """The whole picture upright, RGB (channels=3) or grey (1), transparency on white."""
+    """The whole picture of a file at `path`, upright, RGB (channels=3) or grey (1), transparency on white."""
     with Image.open(path) as image:
         return _to_channels(_upright(image, image.getexif().get(_ORIENTATION_TAG, 1)), channels)
 
@@ -109,7 +109,20 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
 ) -> np.ndarray:
-    """Training view of an image file: random resized crop and horizontal flip; uint8 [height, width, channels]."""
+    """Training view of an image file: random resized crop and horizontal flip.
+
+    Args:
+        path: image file.
+        size: (height, width) of the view.
+        random: draws box and flip.
+        channels: 3 (RGB) or 1 (grey).
+        scale: share of the picture's area that the crop covers, smallest and largest.
+        ratio: of its width to its height, smallest and largest.
+        flip: probability.
+
+    Returns:
+        uint8 [height, width, channels].
+    """
     with Image.open(path) as image:
         view = _crop(image, lambda full: random_box(random, full, scale, ratio), size, channels)
     if random.random() < flip:
@@ -127,7 +140,8 @@ def center_box(full: Size, size: Size, share: float = 0.875) -> Box:
 def center_crop(path: str | os.PathLike, size: Size, *, channels: int = 3, share: float = 0.875) -> np.ndarray:
     """Evaluation view: the central box of the wanted shape that covers `share` of the shorter fit, resized.
 
-    With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre".
+    With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre". Arguments otherwise
+    as in `random_resized_crop`; uint8 [height, width, channels].
     """
     with Image.open(path) as image:
         return _crop(image, lambda full: center_box(full, size, share), size, channels).reshape(*size, channels)
@@ -146,6 +160,6 @@ def shrink(path: str | os.PathLike, short_side: int, channels: int = 3) -> np.nd
 def load_images(
     paths: Sequence[str | os.PathLike] | Iterable, size: int | Size, *, channels: int = 3, share: float = 0.875
 ) -> torch.Tensor:
-    """Evaluation views of image files as one uint8 tensor [N, height, width, channels]."""
+    """The `center_crop` of each file in `paths` as one uint8 tensor [N, height, width, channels]."""
     size = (size, size) if isinstance(size, int) else size
     return torch.from_numpy(np.stack([center_crop(path, size, channels=channels, share=share) for path in paths]))
