@@ -8,11 +8,8 @@ Plain Markdown that any forge shows, in 200 lines, instead of a site generator t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -21,6 +18,8 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from fastkd.help import documented
 
 PACKAGES = ("fastkd", "fastkd.ops", "fastkd.nn", "fastkd.models", "fastkd.methods", "fastkd.data", "fastkd.train",
             "fastkd.evaluation")  # fmt: skip
@@ -34,11 +33,17 @@ OF_EVERY_MODULE = ("train", "extra_repr")  # what torch.nn.Module has, too
 
 def pages() -> dict[Path, str]:
     """Every file of the reference with its text."""
-    found = [importlib.import_module(name) for name in PACKAGES if importlib.util.find_spec(name)]
+    found = packages()
     listing = [f"- [`{m.__name__}`]({_file(m)}): {_first_line(m)}" for m in found]
     head = "# API reference\n\nMade from the docstrings by `python docs/reference.py`.\n\n"
     index = {FOLDER / "README.md": head + "\n".join(listing) + "\n"}
     return {**index, **{FOLDER / _file(m): page(m) for m in found}}
+
+
+def packages() -> list[ModuleType]:
+    """The packages that say what of them is public."""
+    found = [importlib.import_module(name) for name in PACKAGES]
+    return [module for module in found if hasattr(module, "__all__")]
 
 
 def page(module: ModuleType) -> str:
@@ -151,22 +156,9 @@ def options(config: type) -> str:
     for field in dataclasses.fields(config):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "required" if required else f"`{field.default!r}`"
-        text = _field_texts(config)[field.name].replace("|", "\\|")
+        text = documented(config)[field.name].replace("|", "\\|")
         rows.append(f"| `{field.name}` | {default} | {text} |")
     return "\n".join(rows)
-
-
-@functools.cache
-def _field_texts(config: type) -> dict[str, str]:
-    """The string below each field of a dataclass and its bases."""
-    texts: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        if dataclasses.is_dataclass(base):
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-            for node, after in zip(body, body[1:]):
-                if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    texts[node.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return texts
 
 
 def constant(thing: object) -> str:

@@ -6,6 +6,8 @@ Files and models have the names of the page, but are small or untrained; nothing
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +43,23 @@ def small_timm(patch: pytest.MonkeyPatch, **smaller: dict) -> None:
     patch.setattr(timm, "create_model", create_model)
 
 
+def small_runs(patch: pytest.MonkeyPatch, **teacher) -> None:
+    """Every run of `fastkd.train.distill` is one step of two pictures, with a small decoder and a small teacher."""
+    from fastkd.train import held_out, loop
+
+    patch.setattr(held_out.HeldOut, "draw", lambda *_: None)  # plots take longer than the run
+    small_teacher("small.safetensors", depth=1, **teacher)
+    small = dict(
+        teacher="small.safetensors", decoder_depth=1, decoder_embed_dim=32, decoder_num_heads=2, steps=1, batch_size=2,
+        workers=0, device="cpu", amp="off",
+    )  # fmt: skip
+    run = loop.distill
+    patch.setattr(loop, "distill", lambda config: run(dataclasses.replace(config, **small)))
+
+
 def readme(patch: pytest.MonkeyPatch) -> Names:
     small_teacher("mae_pretrain_vit_large.pth", depth=18)
-    small_teacher("teacher.safetensors", depth=1, patch_size=14)
+    small_runs(patch, patch_size=14)
     patch.setattr(models, "mae_vit", lambda size, **options: _mae_vit("tiny", decoder_depth=1, **options))
     logits = torch.randn(2, 4, 10)
     return dict(
@@ -62,6 +78,32 @@ def small_teacher(path: str, **shape) -> None:
         models.save(model, path)
     else:
         torch.save({"model": model.state_dict()}, path)
+
+
+def quickstart(patch: pytest.MonkeyPatch) -> Names:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    small_runs(patch)
+    return {}
+
+
+def own_model(patch: pytest.MonkeyPatch) -> Names:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        num_labels=2,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained("my-vit")
+    student, teacher = (network(width) for width in (4, 8))
+    vit = models.VisionTransformer(embed_dim=192, depth=9, num_heads=3)
+    return dict(student=student, teacher=teacher, my_vit=vit, images=pictures(side=32))
+
+
+def network(width: int) -> nn.Module:
+    """Pictures [B, 3, H, W] to logits [B, 2]."""
+    body = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+    parts = dict(body=body, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(width, 2))
+    return nn.Sequential(OrderedDict(parts))
 
 
 def data(patch: pytest.MonkeyPatch) -> Names:
@@ -154,6 +196,8 @@ _load_vit = models.load_vit
 SETUPS: dict[str, Callable[[pytest.MonkeyPatch], Names]] = {
     "README.md": readme,
     "docs/data.md": data,
+    "docs/quickstart.md": quickstart,
+    "docs/own_model.md": own_model,
     "docs/methods.md": methods,
     "docs/methods/maskalign.md": maskalign,
     "docs/methods/mic.md": mic,

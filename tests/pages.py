@@ -84,6 +84,6 @@ def links(page: str) -> list[str]:
     return [target for target in found if not re.match(r"\w+:", target)]
 
 
-def options(page: str) -> set[str]:
+def options_of(page: str) -> set[str]:
     """Everything on a page that looks like a command-line option."""
     return set(OPTION.findall(re.sub(r"<!--.*?-->", "", text(page), flags=re.S)))

@@ -8,21 +8,18 @@ import re
 
 import pytest
 from page_setup import prepare
-from pages import OPTION, PAGES, ROOT, SHELLS, anchors, blocks, commands, fastkd_arguments, links, options, text
+from pages import OPTION, PAGES, ROOT, SHELLS, anchors, blocks, commands, fastkd_arguments, links, options_of, text
 
-from fastkd import cli
+from fastkd import cli, options
+from fastkd.train import ConfigError
 
 # Blocks that cannot run here, by page. A new one is a decision: the number is changed by hand.
 NOT_RUN: dict[str, int] = {}
 # Pages whose blocks another test runs, against what they replace.
 ELSEWHERE = {"docs/losses.md": "test_losses_page.py"}
-# Commands that run here as they are written, but for what comes behind: small and short.
-SMALL = "--steps 1 --batch-size 2 --workers 0 --device cpu --amp off".split()
-RUN = {
-    "README.md": {"distill": ["--teacher", "teacher.safetensors", *SMALL]},
-}
+# Commands that run between the blocks of a page, as `page_setup` makes them: small and short.
+RUN = {"README.md": ("distill",), "docs/quickstart.md": ("distill", "export")}
 WITH_PYTHON = [page for page in PAGES if page not in ELSEWHERE and any(b.language == "python" for b in blocks(page))]
-REQUIRED = {"--teacher": "t", "--student": "vit_tiny_patch16", "--data": "d", "--out": "o"}
 NOT_HERE = re.compile("existing|a checkpoint or run")  # what is said of files of the pages, which are not here
 
 
@@ -44,8 +41,8 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
             ran += 1
         elif block.language in SHELLS:
             for arguments in filter(None, map(fastkd_arguments, commands(block))):
-                if arguments[0] in RUN.get(page, {}):
-                    assert fastkd([*arguments, *RUN[page][arguments[0]]]) == 0, (block.place, arguments)
+                if arguments[0] in RUN.get(page, ()):
+                    assert fastkd(arguments) == 0, (block.place, arguments)
     assert ran or all(block.not_run for block in blocks(page, "python"))
 
 
@@ -55,28 +52,28 @@ def test_what_does_not_run_is_counted():
 
 
 class Parsed(Exception):
-    """Carries what a command line was parsed to, past the command."""
+    """Ends a command where its options are known."""
 
 
 @pytest.fixture
-def parse(monkeypatch, capsys):
-    """Parses arguments of fastkd as the command line does; returns what the command would get."""
-    real = cli.tyro.cli
+def problems(monkeypatch):
+    """What the command line has against some arguments."""
+    found: list[str] = []
 
-    def stop(*args, **kwargs):
-        raise Parsed(real(*args, **kwargs))
-
-    def parse(arguments: list[str], place: str):
+    def stop(target, arguments):
         try:
-            cli.main(arguments)
-        except Parsed as parsed:
-            return parsed.args[0]
-        except SystemExit:
-            shown = capsys.readouterr()
-            raise AssertionError(f"{place}: fastkd {' '.join(arguments)}\n{shown.out}{shown.err}") from None
+            options.parse(target, arguments)
+        except ConfigError as error:
+            found.extend(error.problems)
+        raise Parsed
 
-    monkeypatch.setattr(cli.tyro, "cli", stop)
-    return parse
+    def problems(arguments: list[str]) -> list[str]:
+        with pytest.raises((Parsed, ConfigError)) as stopped:
+            cli.COMMANDS[arguments[0]](arguments[1:])
+        return found + getattr(stopped.value, "problems", [])
+
+    monkeypatch.setattr(cli, "parse", stop)
+    return problems
 
 
 ARGUMENTS = [
@@ -89,16 +86,12 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize("place, arguments", ARGUMENTS, ids=[f"{place} {a[0]}" for place, a in ARGUMENTS])
-def test_commands_are_understood(place, arguments, parse):
-    if arguments == ["demo", "--list"] or arguments[0] == "bench":
+def test_commands_are_understood(place, arguments, problems):
+    if arguments[0] in ("bench", "recipes") or arguments == ["demo", "--list"]:
         return
-    if "..." in arguments:  # stands for what the page showed before
-        arguments = [word for word in arguments if word != "..."]
-        for name in REQUIRED.keys() - set(arguments):
-            arguments += [name, REQUIRED[name]]
-    config = parse(arguments, place)
-    wrong = getattr(config, "problems", list)()
-    assert not [line for line in wrong if not NOT_HERE.search(line)], place
+    silent = NOT_HERE if "..." not in arguments else re.compile(f"{NOT_HERE.pattern}|: missing, expected")
+    wrong = problems([word for word in arguments if word != "..."])
+    assert not [line for line in wrong if not silent.search(line)], place
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,4 +133,4 @@ def known() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_exist(page, known):
-    assert not options(page) - known
+    assert not options_of(page) - known

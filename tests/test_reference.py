@@ -14,10 +14,9 @@ spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "refe
 reference = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reference)
 
-MODULES = [importlib.import_module(name) for name in reference.PACKAGES if importlib.util.find_spec(name)]
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in MODULES
+    for module in reference.packages()
     for name in module.__all__
     if callable(getattr(module, name))
 }

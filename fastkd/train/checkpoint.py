@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: a folder is written aside, flushed to disk, then renamed into place.
 
 * checkpoints/last/student.safetensors    the student; `fastkd.models.load_vit` reads it
-* checkpoints/last/train_state.pt         projectors, optimiser, data position, random state: tensors and numbers
+* checkpoints/last/train_state.pt         projectors, optimiser, data position: tensors and numbers
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastkd.data import ImageLoader
 
-from . import checkpoint
+from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
+from .reseed import reseed
 from .resume import check_same_run, checkpoint_to_resume, restore
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
@@ -95,6 +96,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     if group.is_main:
         run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)
+        run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
     group.barrier()
 
     def save() -> None:
@@ -104,13 +106,19 @@ def _train(config: RunConfig, group: Processes) -> Result:
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
             heads=method.training_state(), scaler=train_step.scaler.state_dict(),
-            loader=loader.state_dict(), rng=torch.get_rng_state(),
+            loader=loader.state_dict(),
         )  # fmt: skip
         checkpoint.save(run.checkpoint, method.student, state)
         held_out.draw(run)
+        run.show(step)
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
-    with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
+    with (
+        reporter,
+        Interrupt(group.is_main) as interrupt,
+        contextlib.closing(iter(loader)) as batches,
+        contextlib.closing(run),
+    ):
         _announce(config, method, loader, group, step, source)
         if step == 0 and group.is_main:
             held_out.evaluate(run, step, loader.epoch)
@@ -119,6 +127,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         while step < config.steps and not interrupt.pressed:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
+            reseed(device, config.seed, step, group.rank)
             history[filled] = train_step(batches)
             step, filled = step + 1, filled + 1
             method.after_step(step)

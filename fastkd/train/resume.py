@@ -15,7 +15,8 @@ from .track import RunFolder
 
 # What may differ between the two halves of a run: no weight depends on it.
 _FREE = frozenset(
-    "resume out workers device cuda_graph log_every save_every save_minutes val_data val_images val_every".split()
+    "resume out workers device cuda_graph log_every save_every save_minutes trackers val_data val_images "
+    "val_every".split()
 )
 
 
@@ -72,7 +73,7 @@ def restore(
     """
     device = next(method.parameters()).device
     state = checkpoint.load_state(source, device)
-    kept = ("weight_decay", "betas", "lr", "capturable")
+    kept = ("weight_decay", "betas", "lr", "lr_scale", "capturable")
     options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         checkpoint.load_student(source, method.student)
@@ -84,5 +85,4 @@ def restore(
         raise ConfigError([f"--resume: the checkpoint {source} does not fit: {error}"]) from error
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
-    torch.set_rng_state(state["rng"].cpu())
     return state

@@ -117,7 +117,7 @@ class PromptKDConfig(RunConfig):
             student, teacher.image, temperature=self.temperature, weight=self.weight,
             teacher_logit_scale=teacher.logit_scale,
         )  # fmt: skip
-        method.classes = given["classes"]
+        method.classes = classes
         return method, vision.image_size
 
     def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
