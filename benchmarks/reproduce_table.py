@@ -39,7 +39,7 @@ def table() -> str:
     packed = number(IMAGES * PACKED_KILOBYTES / 1e6)
     note = (
         f"<sub>{GPU['name']} hours for {EPOCHS} epochs of {IMAGES:,} images: the floor of FLOPs and bytes on paper "
-        f"({GPU['tflops']} TFLOP/s, {GPU['gigabytes_per_second']} GB/s), and twice that. Not a measurement. The training "
-        f"set packed with short side 256 takes about {packed} GB.</sub>"
+        f"({GPU['tflops']} TFLOP/s, {GPU['gigabytes_per_second']} GB/s), and twice that. Not a measurement. The "
+        f"training set packed with short side 256 takes about {packed} GB.</sub>"
     )
     return f"{markdown(columns, lines)}\n\n{note}"
