@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd.demos import pictures
-from fastkd.demos.evaluate import features, knn_accuracy
 from fastkd.demos.training import statistics
+from fastkd.evaluation.pictures import features, knn_accuracy
 from fastkd.methods import DMAE
 from fastkd.models import MaskedAutoencoderViT, export_timm, load_vit
 from fastkd.train import adamw, lr_at
