@@ -85,5 +85,5 @@ def links(page: str) -> list[str]:
 
 
 def options_of(page: str) -> set[str]:
-    """Everything on a page that looks like a command-line option."""
-    return set(OPTION.findall(re.sub(r"<!--.*?-->", "", text(page), flags=re.S)))
+    """Everything on a page that looks like a command-line option, but for comments and SLURM's."""
+    return set(OPTION.findall(re.sub(r"<!--.*?-->|^#SBATCH .*?$", "", text(page), flags=re.S | re.M)))

@@ -111,8 +111,13 @@ def test_named_files_exist(page):
         assert any(ROOT.glob(path)), f"{page}: {path}"
 
 
-# Options of other programs that the pages name: pytest, pip, torchrun, git.
-FOREIGN = {"--dist", "--nproc-per-node", "--no-deps"}
+# Options of other programs that the pages name.
+FOREIGN = dict(
+    pytest="--dist",
+    torchrun="--nnodes --nproc-per-node --rdzv-id --rdzv-backend --rdzv-endpoint --no-python --max-restarts "
+    "--shutdown-timeout",
+    srun="--kill-on-bad-exit",
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +133,10 @@ def known() -> set[str]:
         for arguments in asked:
             assert fastkd([*arguments, "--help"]) == 0
     scripts = "".join(path.read_text() for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("fastkd/demos/*.py")])
-    return set(OPTION.findall(shown.getvalue() + scripts)) | FOREIGN
+    return set(OPTION.findall(" ".join([shown.getvalue(), scripts, *FOREIGN.values()])))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_exist(page, known):
-    assert not options_of(page) - known
+    unknown = options_of(page) - known
+    assert not unknown
