@@ -76,6 +76,13 @@ def pretrain(arguments: list[str]) -> int:
     return _train("pretrain", _parse(PretrainConfig, "pretrain", arguments))
 
 
+def finetune(arguments: list[str]) -> int:
+    """Make a classifier of any encoder on class folders."""
+    from fastkd.train.recipes.finetune import FinetuneConfig
+
+    return _train("finetune", _parse(FinetuneConfig, "finetune", arguments))
+
+
 def _train(command: str, config: RunConfig) -> int:
     from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
@@ -196,6 +203,7 @@ def bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "pretrain": pretrain,
+    "finetune": finetune,
     "eval": evaluate,
     "export": export,
     "pack": pack,

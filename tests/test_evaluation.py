@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,19 +138,24 @@ def test_wilson_interval_and_score():
     assert score(ranked[:2, :1], torch.tensor([0, 1]), list("abcde")).top5 is None
 
 
+def write_colours(root: Path, count: int, seed: int = 0) -> Path:
+    """Noisy pictures in two class folders, one of them bluish, the other reddish."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        folder = root / ("blue" if index % 2 else "red")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 120, (20, 20, 3), dtype=np.uint8)
+        pixels[..., 2 if index % 2 else 0] += 90
+        Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return root
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pictures of two colours, half of them held out; a file that is no picture; the tiny models."""
-    root, random = tmp_path_factory.mktemp("evaluation"), np.random.default_rng(0)
-    for part, count in (("train", 30), ("val", 12)):
-        for index in range(count):
-            folder = root / part / ("blue" if index % 2 else "red")
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = random.integers(0, 120, (20, 20, 3), dtype=np.uint8)
-            pixels[..., 2 if index % 2 else 0] += 90
-            Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    """Training and held-out pictures, a file that is no picture, and the tiny models."""
+    root = tmp_path_factory.mktemp("evaluation")
+    write_colours(root / "train", 30), write_colours(root / "val", 12, seed=1), write_models(root)
     (root / "train" / "red" / "000a.png").write_bytes(b"no picture")
-    write_models(root)
     return root
 
 
