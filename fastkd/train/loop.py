@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastkd.data import ImageLoader
 
-from . import checkpoint
+from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
@@ -96,6 +96,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     if group.is_main:
         run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)
+        run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
     group.barrier()
 
     def save() -> None:
@@ -109,9 +110,15 @@ def _train(config: RunConfig, group: Processes) -> Result:
         )  # fmt: skip
         checkpoint.save(run.checkpoint, method.student, state)
         held_out.draw(run)
+        run.show(step)
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
-    with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
+    with (
+        reporter,
+        Interrupt(group.is_main) as interrupt,
+        contextlib.closing(iter(loader)) as batches,
+        contextlib.closing(run),
+    ):
         _announce(config, method, loader, group, step, source)
         if step == 0 and group.is_main:
             held_out.evaluate(run, step, loader.epoch)

@@ -15,7 +15,8 @@ from .track import RunFolder
 
 # What may differ between the two halves of a run: no weight depends on it.
 _FREE = frozenset(
-    "resume out workers device cuda_graph log_every save_every save_minutes val_data val_images val_every".split()
+    "resume out workers device cuda_graph log_every save_every save_minutes trackers val_data val_images "
+    "val_every".split()
 )
 
 
