@@ -194,8 +194,13 @@ def test_report(folders, capsys, tmp_path):
     linear = results["linear"]
     assert linear["top1"] > 0.9 and linear["top5"] is None and set(linear["per_class"]) == {"blue", "red"}
     assert linear["interval"][0] < linear["top1"] <= linear["interval"][1]
-    assert len(linear["heads"]) == 13 * 2 * 2 and results["head"] is None
+    assert len(linear["heads"]) == 16 * 2 * 2 and results["head"] is None
     assert results["seconds"]["total"] > 0 and results["versions"]["torch"]
+
+
+def test_a_choice_at_the_edge_of_the_grid_is_said(folders, caplog):
+    evaluate(config(folders, linear_lr=(1e-9, 1e-8)))
+    assert "at the edge of the grid: try a wider --linear-lr" in caplog.text
 
 
 def test_held_out_labels_choose_nothing(folders, tmp_path):

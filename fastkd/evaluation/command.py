@@ -152,6 +152,8 @@ def _linear(config: EvalConfig, train: Extracted, val: Extracted, classes: list[
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError([f"--data: {error}; --no-linear leaves the probe out"]) from error
+    if len(config.linear_lr) > 1 and found.best.lr in (min(config.linear_lr), max(config.linear_lr)):
+        logger.warning("the best learning rate %g is at the edge of the grid: try a wider --linear-lr", found.best.lr)
     ranked = torch.cat([ranking(found.probe.logits(rows)[:, 0]) for rows in val.features.split(1024)])
     heads = [dict(**head._asdict(), accuracy=accuracy) for head, accuracy in zip(found.heads, found.accuracies)]
     return dict(

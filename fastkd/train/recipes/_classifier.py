@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class ClassifierConfig(RunConfig):
     """A classifier that learns on class folders: the first folder level of --data is the class."""
 
+    data: Path
+    """Folder of images: the first folder level is the class. Or one that fastkd pack wrote of such a folder."""
+    val_data: Path | None = None
+    """Folder of held-out images in the same class folders: their accuracy (centre crops) goes to metrics.jsonl."""
     student: str
     """What learns: a timm name, or a run or checkpoint of fastkd to start from."""
     student_checkpoint: Path | None = None

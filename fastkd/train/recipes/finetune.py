@@ -59,6 +59,10 @@ class FinetuneConfig(ClassifierConfig):
     val_images: int = 0
     """How many of them, at most; 0: all."""
 
+    @property
+    def find_unused(self) -> bool:
+        return False
+
     def problems(self) -> list[str]:
         found = super().problems()
         for argument in ("mixup", "cutmix"):
