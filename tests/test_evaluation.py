@@ -214,6 +214,14 @@ def test_held_out_labels_choose_nothing(folders, tmp_path):
     assert wrong["top1"] == pytest.approx(1 - right["top1"]) and right["top1"] > 0.9
 
 
+def test_held_out_classes_are_known_by_their_names(folders, tmp_path):
+    """Some classes may be missing there; their scores are null."""
+    (tmp_path / "red").symlink_to(folders / "val" / "red")
+    linear = evaluate(config(folders, val_data=tmp_path))["linear"]
+    assert linear["images"] == 6 and linear["top1"] == linear["per_class"]["red"] > 0.9
+    assert linear["per_class"]["blue"] is None
+
+
 def test_a_classifier_is_judged_by_its_own_head_too(folders, tmp_path):
     pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from fastkd.train import ConfigError, distill, held_out
 from fastkd.train.build import build_loader, build_optimizer
 from fastkd.train.distributed import Processes
 from fastkd.train.recipes.finetune import FinetuneConfig
+from fastkd.train.track import RunFolder
 
 timm = pytest.importorskip("timm")
 from fastkd.methods.finetune import Finetune, TrainingView, layer_decay_groups  # noqa: E402
@@ -73,7 +74,7 @@ def test_images_and_targets_are_those_of_timm(mixup, cutmix):
 
     torch.manual_seed(0)
     student = Recorder()
-    method = Finetune(student, 5, mixup=mixup, cutmix=cutmix, smoothing=0.1, erase=0.5).train()
+    method = Finetune(student, 5, mixup=mixup, cutmix=cutmix, smoothing=0.2, erase=0.5).train()
     pictures, labels = torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 4, 0])
     for seed in range(4):
         seed_all(seed)
@@ -81,9 +82,9 @@ def test_images_and_targets_are_those_of_timm(mixup, cutmix):
         seed_all(seed)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (method.mean, method.std))
         images = (pictures.permute(0, 3, 1, 2) / 255 - mean) / std
-        images, target = RandomErasing(0.5, mode="pixel", device="cpu")(images), F.one_hot(labels, 5) * 0.9 + 0.02
+        images, target = RandomErasing(0.5, mode="pixel", device="cpu")(images), F.one_hot(labels, 5) * 0.8 + 0.04
         if mixup or cutmix:
-            mix = Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=5)
+            mix = Mixup(mixup, cutmix, label_smoothing=0.2, num_classes=5)
             images, target = mix(images, labels)
         assert torch.allclose(student.seen, images, atol=1e-5)
         plain = -(target * student(images).log_softmax(1)).sum(1).mean()
@@ -233,11 +234,22 @@ def test_command(folders, capsys, tmp_path, monkeypatch):
 
 
 def test_held_out_images_are_all_or_some(folders, tmp_path):
-    method, resolved = config(folders, tmp_path).build(CPU)
-    judge = resolved.held_out(method, CPU, None)
-    assert sum(len(images) for images, _ in judge._kept) == 10
+    method, resolved = config(folders, tmp_path, drop_path=0.9).build(CPU)
+    torch.nn.init.normal_(method.student.head.weight)
+    judge, run = resolved.held_out(method, CPU, None), RunFolder(tmp_path)
+    with torch.no_grad():
+        found = judge.judge(run, step=1, epoch=0.5)
+        assert method.student.training
+        images, indices = (torch.cat(parts) for parts in zip(*judge.crops))
+        logits = method.student.eval()(method.prepare(images))
+    labels = torch.tensor([0] * 5 + [1] * 5)
+    assert indices.tolist() == list(range(10))
+    assert found.top1 == (logits.argmax(1) == labels).float().mean().item()
+    row = run.metrics()[0]
+    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert row["val_accuracy"] == found.top1 and (row["step"], row["epoch"]) == (1, 0.5)
     few = dataclasses.replace(resolved, val_images=3).held_out(method, CPU, None)
-    assert sum(len(images) for images, _ in few._kept) == 3
+    assert few.judge(run, step=2, epoch=1).images == 3
 
 
 @pytest.mark.parametrize("changes, message", [
