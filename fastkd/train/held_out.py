@@ -17,6 +17,7 @@ from fastkd.methods.dmae import DMAE
 
 from .build import choose_workers
 from .config import ConfigError, DistillConfig, RunConfig
+from .distributed import own_cores
 from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
@@ -54,7 +55,8 @@ class HeldOut:
         images, student = self.images[:PICTURES].to(self.device), self.method.student
         if self.config.reconstruct:
             reconstruction(student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
-        if self.method.teacher is not None:
+        teacher = self.method.teacher
+        if teacher is not None and not teacher.sharded:  # one process alone draws, and has no whole teacher then
             ours, theirs = self.method.patch_features(images)[-1]
             feature_similarity(images, ours, theirs, student.grid, run.pictures / "feature_similarity.png")
 
@@ -106,7 +108,8 @@ class HeldOutClasses:
             raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(self.classes)}"])
         self.labels = torch.tensor([self.classes.index(folder.classes[label]) for label in folder.labels])
         indices = _some(folder, config)
-        workers = choose_workers(config.workers, device.type == "cuda", 1) if len(indices) > FEW else 0
+        cores = len(own_cores())  # other processes wait meanwhile
+        workers = choose_workers(config.workers, device.type == "cuda", cores) if len(indices) > FEW else 0
         self.crops = CenterCrops(
             folder, config.img_size, config.batch_size, channels=config.in_chans, indices=indices, workers=workers
         )

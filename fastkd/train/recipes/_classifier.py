@@ -20,7 +20,8 @@ class ClassifierConfig(RunConfig):
     """A classifier that learns on class folders: the first folder level of --data is the class."""
 
     data: Path
-    """Folder of images: the first folder level is the class. Or one that fastkd pack wrote of such a folder."""
+    """Folder of images, where the first folder level is the class; or .tar archives, or what fastkd pack wrote of
+    them."""
     val_data: Path | None = None
     """Folder of held-out images in the same class folders: their accuracy (centre crops) goes to metrics.jsonl."""
     student: str

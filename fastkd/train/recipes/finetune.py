@@ -26,7 +26,7 @@ class FinetuneConfig(ClassifierConfig):
     times --accumulate times processes). The result is a timm model; result.json has its accuracy.
     """
 
-    HIDDEN: ClassVar[str] = "method student_pretrained"
+    HIDDEN: ClassVar[str] = "method student_pretrained shard_teacher"
     GROUPS: ClassVar[dict[str, str]] = {
         "Where it starts": "student_checkpoint pool",
         "Augmentation": "augment mixup cutmix smoothing erase",
