@@ -213,7 +213,7 @@ def _one_loader(config: RunConfig, argument: str, group: Processes) -> ImageLoad
             world_size=group.world_size,
             device=group.device,
             masks_per_image=getattr(config, "masks_per_image", 1),
-            scale=config.scale,
+            **config.augmentation(),
         )
     except (ValueError, ImportError) as error:
         raise ConfigError([f"--{argument}: {error}"]) from error

@@ -101,7 +101,7 @@ class RunConfig(abc.ABC):
     val_data: Path | None = None
     """Folder of held-out images, packed or not: their losses (centre crops, fixed masks) go to metrics.jsonl."""
     val_images: int = 256
-    """How many of them, at most."""
+    """How many of them, at most; 0: all."""
     val_every: int = 0
     """Steps between two such evaluations; 0: ten times in the run."""
     log_every: int = 20
@@ -129,6 +129,10 @@ class RunConfig(abc.ABC):
         Raises:
             ConfigError: names, paths or sizes that do not fit.
         """
+
+    def augmentation(self) -> dict[str, Any]:
+        """What makes a training view of a picture: arguments of the loader."""
+        return dict(scale=self.scale)
 
     def param_groups(self, method: nn.Module) -> list[dict]:
         """Parameters to train, in groups with their own `weight_decay` and, where wanted, `lr_scale`."""
@@ -158,9 +162,9 @@ class RunConfig(abc.ABC):
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
         self._need(found, "img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in "batch_size accumulate log_every val_images".split():
+        for argument in "batch_size accumulate log_every".split():
             self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
-        for argument in "seed min_lr weight_decay val_every save_every save_minutes".split():
+        for argument in "seed min_lr weight_decay val_images val_every save_every save_minutes".split():
             self._need(found, argument, getattr(self, argument) >= 0, "at least 0")
         self._need(found, "epochs", self.epochs > 0, "a positive number")
         self._need(found, "steps", self.steps is None or self.steps >= 1, "at least 1")

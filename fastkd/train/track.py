@@ -21,7 +21,7 @@ from .trackers import Tracker
 logger = logging.getLogger("fastkd")
 CONFIG, FACTS = "config.yaml", "run"
 HEADING = (
-    f"# What ran, in full: fastkd distill --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
+    f"# What ran, in full: its command with --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
 )
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
