@@ -69,7 +69,7 @@ class Plan:
     teacher_blocks: int
     finetune: Mapping[str, Any]
     pretrain_steps: int = 200
-    distill_steps: int = 300
+    distill_steps: int = 400
     batch_size: int = 32
     pretrain_lr: float = 1e-3
     distill_lr: float = 1e-3
