@@ -30,7 +30,7 @@ class HeldOut:
         self.noise = torch.rand(len(self.images), method.student.num_patches, generator=generator)
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -39,7 +39,7 @@ class HeldOut:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 result = self.method(images.to(self.device), self.config.mask_ratio, noise.to(self.device))
             total += torch.stack([result[name].float() for name in LOSSES]).cpu() * len(images)
-        means = dict(zip([f"val_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
+        means = dict(zip([f"{prefix}_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
         _tell(run, step, epoch, means)
 
     def draw(self, run: RunFolder) -> None:
@@ -65,7 +65,7 @@ class HeldOutLosses:
             self.keys = torch.arange(len(self.images)) + config.seed
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -77,7 +77,7 @@ class HeldOutLosses:
                 result = self.method(images.to(self.device), keys.to(self.device))
             total += torch.stack([result[name].float() for name in names]).cpu() * len(images)
         self.method.train(was_training)
-        _tell(run, step, epoch, dict(zip([f"val_{name}" for name in names], (total / len(self.images)).tolist())))
+        _tell(run, step, epoch, dict(zip([f"{prefix}_{name}" for name in names], (total / len(self.images)).tolist())))
 
     def draw(self, run: RunFolder) -> None:
         """Writes the loss curves."""
@@ -101,7 +101,7 @@ class HeldOutClasses:
             self.labels = torch.tensor([own.index(classes[label]) for label in labels])
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with val_loss and val_accuracy to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -114,7 +114,8 @@ class HeldOutClasses:
         student.train(was_training)
         logits = torch.cat(logits)
         accuracy = (logits.argmax(1) == self.labels).float().mean().item()
-        _tell(run, step, epoch, dict(val_loss=F.cross_entropy(logits, self.labels).item(), val_accuracy=accuracy))
+        loss = F.cross_entropy(logits, self.labels).item()
+        _tell(run, step, epoch, {f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy})
 
     def draw(self, run: RunFolder) -> None:
         """Writes the loss curves."""

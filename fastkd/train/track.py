@@ -30,13 +30,14 @@ class RunFolder:
         root: the folder.
         checkpoint: ``checkpoints/last``.
         pictures: ``pictures``, a folder.
-        exported: ``exported/student_timm.safetensors``.
+        exported: ``exported/student_timm.safetensors``; exported_ema: ``exported/student_ema_timm.safetensors``.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
         self.checkpoint = self.root / "checkpoints/last"
         self.exported = self.root / "exported/student_timm.safetensors"
+        self.exported_ema = self.root / "exported/student_ema_timm.safetensors"
         self.pictures = self.root / "pictures"
         self._metrics = self.root / "metrics.jsonl"
 
