@@ -31,8 +31,9 @@ class FileViews(torch.utils.data.Dataset):
         for row, place in enumerate(places):
             random, drawn = self.draw(place)
             keys.append(drawn)
-            pixels[row], indices[row] = self.view(place[-1], random, failures)
-            if indices[row] < 0:
+            pixels[row], index = self.view(place[-1], random, failures)
+            indices[row] = index
+            if index < 0:
                 break  # the batch will be refused: no need to try the other files
         return Batch(images, torch.from_numpy(np.concatenate(keys)), indices, tuple(failures))
 
