@@ -14,7 +14,7 @@ from .distributed import Processes
 from .track import RunFolder
 
 if TYPE_CHECKING:
-    from fastkd.data import ImageFolder, PackedImages
+    from fastkd.data import ImageSource
 
 logger = logging.getLogger("fastkd")
 SHOWN = 3  # files of a batch that a message names itself
@@ -28,9 +28,10 @@ class History:
     """What the steps since the last report said, one row each.
 
     Args:
-        names: of the columns.
-        judged: how many columns, from the first on, must be finite. (Gradients of float16 overflow now and then, which
-            their scaler sees to.)
+        names: of the columns: losses, which each process has its own of, then what all processes share (grad_norm).
+        losses: how many of them are losses.
+        scaled: whether gradients are scaled for float16. They overflow now and then, which their scaler sees to: losses
+            alone must be finite then, else all columns.
         capacity: steps between two reports.
         tolerated: steps of the whole run that may fail. The caller leaves their updates out.
         group: this process; values are kept on its device.
@@ -43,10 +44,11 @@ class History:
     """
 
     def __init__(
-        self, names: Sequence[str], judged: int, capacity: int, tolerated: int, group: Processes, run: RunFolder,
-        images: ImageFolder | PackedImages,
+        self, names: Sequence[str], losses: int, scaled: bool, capacity: int, tolerated: int, group: Processes,
+        run: RunFolder, images: ImageSource,
     ) -> None:  # fmt: skip
-        self.names, self.judged, self.tolerated = tuple(names), judged, tolerated
+        self.names, self.losses, self.tolerated = tuple(names), losses, tolerated
+        self._judged = losses if scaled else len(names)
         self.group, self.run, self.images = group, run, images
         self.filled = self.nonfinite = self._told = 0
         self._values = torch.zeros(capacity, len(names), device=group.device)
@@ -103,10 +105,11 @@ class History:
         return {**found, "nonfinite": self.nonfinite} if self.tolerated else found
 
     def _failed(self, rows: Tensor) -> Tensor:
-        return ~rows[:, : self.judged].isfinite().all(1)
+        return ~rows[:, : self._judged].isfinite().all(1)
 
     def _files(self, number: int, row: int, own: Tensor, mean: Tensor) -> str:
         """Which images a step saw, for a message; the list of all of them goes into a file."""
+        own, mean = own[: self.losses], mean[: self.losses]
         if own.isfinite().all() and not mean.isfinite().all():
             return "; it happened in another process"
         if not len(self._indices[row]):

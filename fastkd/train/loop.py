@@ -86,8 +86,10 @@ def _train(config: RunConfig, group: Processes) -> Result:
         reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, clip_grad=config.clip_grad,
         guard=config.skip_nonfinite > 0, group=group, graphs=graphs,
     )  # fmt: skip
-    judged = len(names if scaler.is_enabled() else train_step.names)
-    history = History(train_step.names, judged, config.log_every, config.skip_nonfinite, group, run, loader.folder)
+    history = History(
+        train_step.names, len(names), scaler.is_enabled(), config.log_every, config.skip_nonfinite, group, run,
+        loader.folder,
+    )  # fmt: skip
     average = None
     if config.ema is not None and group.is_main:
         average = EMATeacher(method.student, config.ema, buffers="ema", mode="eval")
