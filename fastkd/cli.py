@@ -108,6 +108,17 @@ def pack(arguments: list[str]) -> int:
     return run(given)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Judge features on class folders: nearest neighbours, linear probe, and the source's own head."""
+    from fastkd.evaluation.config import EvalConfig
+
+    config = _parse(EvalConfig, "eval", arguments)
+    from fastkd.evaluation.command import evaluate as run
+
+    run(config)
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Write a student for timm, transformers or fastkd."""
     given = _parse(Export, "export", arguments)
@@ -185,6 +196,7 @@ def bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "pretrain": pretrain,
+    "eval": evaluate,
     "export": export,
     "pack": pack,
     "recipes": recipes,

@@ -12,6 +12,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .trackers import missing
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -39,7 +41,7 @@ class RunConfig(abc.ABC):
         "Length and learning rate": "epochs steps warmup_epochs batch_size accumulate blr lr min_lr",
         "Optimiser": "optimizer weight_decay betas momentum clip_grad skip_nonfinite ema",
         "Held-out images": "val_data val_images val_every",
-        "Saving and resuming": "resume save_minutes save_every log_every",
+        "Saving and resuming": "resume save_minutes save_every log_every trackers",
         "Machine": "device amp cuda_graph activation_checkpointing seed",
     }
 
@@ -112,6 +114,9 @@ class RunConfig(abc.ABC):
     """Steps between two such evaluations; 0: ten times in the run."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who else gets these lines and the pictures: tensorboard (files in the run folder), wandb (WANDB_MODE=offline
+    keeps them there as well)."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints."""
     save_every: int = 0
@@ -183,6 +188,8 @@ class RunConfig(abc.ABC):
         self._need(found, "workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
         self._need(found, "device", known, "auto, cpu, cuda or cuda:N")
+        packages = " ".join(missing(self.trackers))
+        self._need(found, "trackers", not packages, "installed packages", f"pip install {packages}")
         if self.resume not in ("auto", "never"):
             exists = Path(self.resume).expanduser().exists()
             self._need(found, "resume", exists, "auto, never, or an existing run or checkpoint")

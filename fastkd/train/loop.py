@@ -14,7 +14,7 @@ from torch import nn
 from fastkd.data import ImageLoader
 from fastkd.models.ema import EMATeacher
 
-from . import checkpoint
+from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer, recompute_activations
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
@@ -101,6 +101,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     if group.is_main:
         run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)
+        run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
     group.barrier()
 
     def save() -> None:
@@ -116,6 +117,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
             state["ema"] = average.state_dict()
         checkpoint.save(run.checkpoint, method.student, state)
         held_out.draw(run)
+        run.show(step)
 
     def evaluate() -> None:
         held_out.evaluate(run, step, loader.epoch)
@@ -124,7 +126,12 @@ def _train(config: RunConfig, group: Processes) -> Result:
                 held_out.evaluate(run, step, loader.epoch, prefix="val_ema")
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
-    with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
+    with (
+        reporter,
+        Interrupt(group.is_main) as interrupt,
+        contextlib.closing(iter(loader)) as batches,
+        contextlib.closing(run),
+    ):
         _announce(config, method, loader, group, step, source)
         if step == 0 and group.is_main:
             evaluate()

@@ -122,7 +122,7 @@ def feature_similarity(images: Tensor, student: Tensor, teacher: Tensor, grid: t
             Rectangle(corner, width / columns, height / rows, fill=False, color="red", linewidth=1.5)
         )
         for axis, values in zip(axes[row, 1:], (*likeness, agreement)):
-            shown = axis.imshow(values[row].view(grid).cpu(), extent=extent, vmin=-1, vmax=1, cmap="RdBu_r")
+            shown = axis.imshow(values[row].view(grid).cpu().numpy(), extent=extent, vmin=-1, vmax=1, cmap="RdBu_r")
     for axis, title in zip(axes[0], ("image", "teacher", "student", "agreement")):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:

@@ -16,7 +16,7 @@ from .track import RunFolder
 # What may differ between the two halves of a run: no weight of a healthy step depends on it.
 _FREE = frozenset(
     "resume out workers device cuda_graph activation_checkpointing skip_nonfinite log_every save_every save_minutes "
-    "val_data val_images val_every".split()
+    "trackers val_data val_images val_every".split()
 )
 
 
