@@ -220,7 +220,8 @@ folder = Path(sys.argv[2])
 keys = [seen(folder / "pictures", 2, rank, 2)[number - 1].keys[0].item() for number, rank in ((2, 1), (5, 0))]
 with pytest.MonkeyPatch.context() as patch:
     poison(patch, keys)
-    distill(tiny_config(folder, "two", batch_size=2, log_every=3, save_every=4, skip_nonfinite=1))
+    distill(tiny_config(folder, "two", batch_size=2, log_every=3, save_every=4, skip_nonfinite=1,
+                         clip_grad=1.0, ema=0.9, activation_checkpointing=True))
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastkd import _native
 from fastkd.data import ImageLoader, PackedImages, PairedLoader, open_images
@@ -178,12 +179,15 @@ def recompute_activations(config: RunConfig, method: nn.Module) -> None:
     """Makes the student keep less for backward where the config asks for it; ConfigError where it cannot."""
     if not config.activation_checkpointing:
         return
-    student = method.student
+    student, argument = method.student, "activation_checkpointing"
+    if any(isinstance(module, _NormBase) and module.track_running_stats for module in student.modules()):
+        what = f"{type(student).__name__} with BatchNorm, whose statistics would see each batch twice"
+        raise ConfigError([problem(argument, what, "a ViT or another model without BatchNorm")])
     try:
         student.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # no such method; timm's answer of a model that cannot
         what = f"{type(student).__name__}, which cannot compute its blocks again"
-        raise ConfigError([problem("activation_checkpointing", what, "a ViT or another model of timm's")]) from error
+        raise ConfigError([problem(argument, what, "a ViT or another model of timm's")]) from error
 
 
 def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader | PairedLoader, RunConfig]:
