@@ -50,7 +50,8 @@ class HeldOut:
         images, student = self.images[:PICTURES].to(self.device), self.method.student
         if self.config.reconstruct:
             reconstruction(student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
-        if self.method.teacher is not None:
+        teacher = self.method.teacher
+        if teacher is not None and not teacher.sharded:  # one process alone draws, and has no whole teacher then
             ours, theirs = self.method.patch_features(images)[-1]
             feature_similarity(images, ours, theirs, student.grid, run.pictures / "feature_similarity.png")
 

@@ -16,14 +16,14 @@ from fastkd.models.ema import EMATeacher
 
 from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer, recompute_activations
-from .config import ConfigError, DistillConfig, RunConfig, problem
+from .config import DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .history import History, TrainingError, not_finite
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
 from .reseed import reseed
-from .resume import check_same_run, checkpoint_to_resume, restore
+from .resume import check_same_run, checkpoint_to_resume, how_to_go_on, restore
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
 from .track import Reporter, RunFolder, Stopwatch
@@ -39,12 +39,19 @@ class Result(NamedTuple):
         step: optimiser steps done.
         finished: False where it was interrupted; the same call resumes it.
         exported: the student as a timm checkpoint (None while unfinished).
+        signal: number of the signal that stopped it, 0 for none.
     """
 
     run: Path
     step: int
     finished: bool
     exported: Path | None
+    signal: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 0 finished, 128 + signal stopped (130 Ctrl-C, 143 SIGTERM)."""
+        return 128 + self.signal if self.signal and not self.finished else 0
 
 
 def distill(config: RunConfig) -> Result:
@@ -56,16 +63,19 @@ def distill(config: RunConfig) -> Result:
         ConfigError: wrong arguments, all at once.
         TrainingError: the loss is not finite any more.
     """
-    config.validate()
+    problems = config.problems()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError([problem("device", config.device, "cpu or auto: torch sees no CUDA device here")])
+        problems.append(problem("device", config.device, "cpu or auto: torch sees no CUDA device here"))
     keep_memory()
-    with processes(config.device) as group, same_bits(group.device):
-        return _train(config, group)
+    meeting = ("cpu",) if problems else (config.device, config.timeout_minutes, lambda: how_to_go_on(config.out))
+    with processes(*meeting) as group:
+        group.check(problems, config.as_dict())
+        with same_bits(group.device):
+            return _train(config, group)
 
 
 def _train(config: RunConfig, group: Processes) -> Result:
-    run, device = RunFolder(config.out), group.device
+    run, device = RunFolder(config.out, writes=group.is_main), group.device
     source, given = checkpoint_to_resume(config, run), config.as_dict()
     method, config = config.build(device)
     recompute_activations(config, method)
@@ -80,6 +90,10 @@ def _train(config: RunConfig, group: Processes) -> Result:
     schedule = {name: getattr(config, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")}
     state = {} if source is None else restore(source, method, optimizer, scaler, loader)
     step, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    group.same({"out": f"a run at step {step}"}, "let all machines see one --out, on storage that they share")
+    group.same({"data": loader.state_dict()}, "give all machines the same files")
+    if config.shard_teacher:
+        method.teacher.shard(group.mesh())
     model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
         model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
@@ -90,14 +104,16 @@ def _train(config: RunConfig, group: Processes) -> Result:
         train_step.names, len(names), scaler.is_enabled(), config.log_every, config.skip_nonfinite, group, run,
         loader.folder,
     )  # fmt: skip
+    # All must look at a picture together where each holds a part of the teacher.
+    looks = group.is_main or config.shard_teacher
+    held_out = config.held_out(method, device, amp) if looks else None
     average = None
-    if config.ema is not None and group.is_main:
+    if config.ema is not None and looks:
         average = EMATeacher(method.student, config.ema, buffers="ema", mode="eval")
     if state:
         history.load(state["history"], state.get("nonfinite", 0))
         if average is not None and "ema" in state:
             average.load_state_dict(state["ema"])
-    held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:
         run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)
@@ -128,16 +144,18 @@ def _train(config: RunConfig, group: Processes) -> Result:
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with (
         reporter,
-        Interrupt(group.is_main) as interrupt,
+        Interrupt() as interrupt,
         contextlib.closing(iter(loader)) as batches,
         contextlib.closing(run),
+        group.guard(),
     ):
         _announce(config, method, loader, group, step, source)
-        if step == 0 and group.is_main:
+        if step == 0 and held_out is not None:
             evaluate()
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
-        while step < config.steps and not interrupt.pressed:
+        stop = group.agreed(interrupt.pressed)
+        while step < config.steps and not stop:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
             reseed(device, config.seed, step, group.rank)
@@ -148,9 +166,8 @@ def _train(config: RunConfig, group: Processes) -> Result:
                 average.update(method.student, step - 1, train_step.left_out if train_step.guard else None)
             reporter.step()
 
-            if (
-                history.filled >= config.log_every or step == config.steps
-            ):  # the only place where the host waits for the device
+            # Every log_every steps, and here alone, the host waits for the device.
+            if history.filled >= config.log_every or step == config.steps:
                 filled, found = history.filled, history.report(step)
                 elapsed = watch.seconds() - interval_start
                 row = dict(
@@ -163,14 +180,16 @@ def _train(config: RunConfig, group: Processes) -> Result:
                 if group.is_main:
                     run.add(row)
                     reporter.report(row)
-            if group.is_main:
+            if held_out is not None and (step % config.val_every == 0 or step == config.steps):
                 with watch.pause():
-                    if step % config.val_every == 0 or step == config.steps:
-                        evaluate()
-                    timed = time.monotonic() - last_save > 60 * config.save_minutes
-                    if timed or (config.save_every and step % config.save_every == 0):
+                    evaluate()
+            if group.is_main:
+                timed = time.monotonic() - last_save > 60 * config.save_minutes
+                if timed or (config.save_every and step % config.save_every == 0):
+                    with watch.pause():
                         save()
-                        last_save = time.monotonic()
+                    last_save = time.monotonic()
+            stop = group.agreed(interrupt.pressed)
 
         finished = step >= config.steps
         if group.is_main:
@@ -183,9 +202,8 @@ def _train(config: RunConfig, group: Processes) -> Result:
                     logger.info("the average of its weights:\n  %s", line)
             else:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
-        if finished:
-            group.barrier()
-    return Result(run.root, step, finished, run.exported if finished else None)
+        group.barrier()  # a launcher ends all processes when the first one ends
+    return Result(run.root, step, finished, run.exported if finished else None, stop)
 
 
 def _announce(

@@ -16,7 +16,7 @@ from .track import RunFolder
 # What may differ between the two halves of a run: no weight of a healthy step depends on it.
 _FREE = frozenset(
     "resume out workers device cuda_graph activation_checkpointing skip_nonfinite log_every save_every save_minutes "
-    "trackers val_data val_images val_every".split()
+    "trackers val_data val_images val_every shard_teacher timeout_minutes".split()
 )
 
 
@@ -38,6 +38,14 @@ def checkpoint_to_resume(config: RunConfig, run: RunFolder) -> Path | None:
     if source is None:
         raise ConfigError([problem("resume", config.resume, "a run folder or a checkpoint with train_state.pt")])
     return source
+
+
+def how_to_go_on(out: Path) -> str:
+    """What a message says at the end of a run that broke off."""
+    good = checkpoint.find(out)
+    if good is None:
+        return "no checkpoint was written yet; the same command starts again"
+    return f"the last checkpoint is {good}; the same command continues from there"
 
 
 def check_same_run(config: RunConfig, given: dict, run: RunFolder) -> None:

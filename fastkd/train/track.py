@@ -29,6 +29,10 @@ LOSSES = ("loss", "pixel_loss", "align_loss")
 class RunFolder:
     """Files of one run.
 
+    Args:
+        root: the folder.
+        writes: False reads alone: of several processes one writes.
+
     Attributes:
         root: the folder.
         checkpoint: ``checkpoints/last``.
@@ -37,8 +41,8 @@ class RunFolder:
         trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+    def __init__(self, root: str | Path, writes: bool = True) -> None:
+        self.root, self.writes = Path(root).expanduser(), writes
         self.checkpoint = self.root / "checkpoints/last"
         self.exported = self.root / "exported/student_timm.safetensors"
         self.exported_ema = self.root / "exported/student_ema_timm.safetensors"
@@ -93,8 +97,9 @@ class RunFolder:
 
     def add(self, row: dict) -> None:
         """Appends a line to metrics.jsonl."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         for tracker in self.trackers:
             tracker.add(row)
 
