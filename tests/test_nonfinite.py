@@ -237,7 +237,7 @@ def test_processes_leave_the_same_steps_out(tmp_path):
     said = ["".join(p.read_text() for p in sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"))) for rank in (0, 1)]
     ends = [[line for line in text.splitlines() if "TrainingError: step 5" in line] for text in said]
     assert len(ends[0]) == len(ends[1]) == 1, said
-    assert "the batch is " in ends[0][0] and "in another process" in ends[1][0]
+    assert "the batch is " in ends[0][0] and "see what the others say" in ends[1][0]
     listed = (tmp_path / "two/nonfinite/step_2_rank_1.txt").read_text().splitlines()
     assert sorted(listed) == files(tmp_path / "pictures", seen(tmp_path / "pictures", 2, 1, 2)[1])
     assert not (tmp_path / "two/nonfinite/step_2_rank_0.txt").exists()

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_nonfinite import bad_steps
 from test_train import assert_same_run, at_step, metrics, weights
 from tiny_run import tiny_config
 
@@ -27,23 +28,28 @@ def average_of(run) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
-def test_the_average_follows_its_formula_and_leaves_training_alone(tmp_path, monkeypatch):
-    """The mean of the weights so far, until 1 - 1/n reaches the share; student and losses are those without it."""
+@pytest.mark.parametrize("bad", [(), (1, 4)], ids=str)
+def test_the_average_follows_its_formula_and_leaves_training_alone(tmp_path, monkeypatch, bad):
+    """The mean of the weights so far, until 1 - 1/n reaches the share; student and losses are those without it.
+
+    Steps that are left out do not move it; where the first one is, it begins with the initial weights.
+    """
     history, original = [], DMAE.after_step
 
     def after_step(self, step):
         original(self, step)
         history.append({name: value.double().clone() for name, value in self.student.state_dict().items()})
 
-    options = dict(val_data=tmp_path / "pictures", val_every=3, val_images=4)
+    options = dict(val_data=tmp_path / "pictures", val_every=3, val_images=4, skip_nonfinite=len(bad))
     tiny_config(tmp_path)
+    bad_steps(tmp_path, monkeypatch, *bad)
     distill(tiny_config(tmp_path, "plain", **options))
     monkeypatch.setattr(DMAE, "after_step", after_step)
     run = distill(tiny_config(tmp_path, ema=0.75, **options)).run
     assert_same_run(run, tmp_path / "plain")
-    want = history[0]
-    for number, values in enumerate(history[1:], 2):
-        share = min(0.75, 1 - 1 / number)
+    want = load_file(tmp_path / "student.safetensors")
+    for number, values in enumerate(history, 1):
+        share = 1 if number in bad else min(0.75, 1 - 1 / number)
         want = {name: share * want[name] + (1 - share) * values[name] for name in want}
     got = average_of(run)
     assert got.keys() == want.keys()

@@ -73,8 +73,8 @@ class RunConfig(abc.ABC):
     min_lr: float = 0.0
     """Learning rate at the end."""
     weight_decay: float = 0.05
-    """Weight decay of matrices, convolutions and tokens (never of norms and biases): decoupled in AdamW and LAMB, added
-    to the gradient in SGD and LARS."""
+    """Weight decay of matrices, convolutions and tokens (never of norms and biases). SGD and LARS add it to the
+    gradient, where much less is usual."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW and LAMB."""
     momentum: float = 0.9
@@ -87,13 +87,14 @@ class RunConfig(abc.ABC):
     metrics.jsonl as grad_norm."""
     skip_nonfinite: int = 0
     """Steps whose losses or gradients may be NaN or infinite before the run stops: weights, optimiser and averages stay
-    as they were, and the batch's files are listed in nonfinite. 0 stops at the first one."""
+    as they were, and the batch's files are listed in nonfinite. 0 stops at the first one. Costs a look at the gradient
+    per step; lamb, lars and the apex ones also wait for the device then."""
     ema: float | None = None
     """Average the student's weights too, this share (such as 0.9999) of the average staying at each step, less in the
     first steps: min(share, 1 - 1/step). It is judged as val_ema_... and exported as student_ema_timm.safetensors."""
     activation_checkpointing: bool = False
     """Compute the student's blocks again in backward instead of keeping what is inside of them: the same numbers from
-    much less memory, about a third slower (no CUDA graph)."""
+    less memory, but slower (and without CUDA graph)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image that a random crop covers, smallest and largest."""
     loader: Literal["auto", "pil", "packed", "dali"] = "auto"

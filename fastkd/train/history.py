@@ -82,7 +82,8 @@ class History:
                 continue
             number = step - self.filled + row + 1
             what = ", ".join(f"{name} is {value:.4g}" for name, value in zip(self.names, rows[row].tolist()))
-            what += self._files(number, row, own[row].cpu(), rows[row])
+            elsewhere = self.group.world_size > 1 and not (everywhere and rows[row, : self.losses].isfinite().all())
+            what += self._files(number, row, elsewhere)
             if beyond:
                 more = f"{count} such steps, {self.tolerated} are tolerated" if self.tolerated else ""
                 raise TrainingError(not_finite(number, what, self.run, more))
@@ -107,11 +108,13 @@ class History:
     def _failed(self, rows: Tensor) -> Tensor:
         return ~rows[:, : self._judged].isfinite().all(1)
 
-    def _files(self, number: int, row: int, own: Tensor, mean: Tensor) -> str:
-        """Which images a step saw, for a message; the list of all of them goes into a file."""
-        own, mean = own[: self.losses], mean[: self.losses]
-        if own.isfinite().all() and not mean.isfinite().all():
-            return "; it happened in another process"
+    def _files(self, number: int, row: int, elsewhere: bool) -> str:
+        """Which images a step saw, for a message; the list of all of them goes into a file.
+
+        Where another process may have met the bad batch, one with finite losses points there.
+        """
+        if elsewhere and self._values[row, : self.losses].isfinite().all():
+            return "; the losses of this process are finite: see what the others say"
         if not len(self._indices[row]):
             return ""
         indices = torch.cat([part.flatten() for part in self._indices[row]]).unique().tolist()

@@ -114,6 +114,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         history.load(state["history"], state.get("nonfinite", 0))
         if average is not None and "ema" in state:
             average.load_state_dict(state["ema"])
+    del state  # copies of what was restored
     if group.is_main:
         run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
         run.rewind(step)

@@ -77,7 +77,8 @@ def make_optimizer(
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew. For kinds
             that the function `capturable` names.
 
-    Weight decay is decoupled from the gradient in AdamW and LAMB, and a part of the gradient in SGD and LARS.
+    Weight decay is apart from the gradient in AdamW, joins the direction that LAMB measures, and is a part of the
+    gradient in SGD and LARS.
 
     Raises:
         ImportError: the kind's package is missing.

@@ -174,8 +174,10 @@ class TrainingStep:
             self.scaler.step(self.optimizer)
         elif skips_on_device(self.optimizer):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, self.left_out
-            self.optimizer.step()
-            del self.optimizer.grad_scale, self.optimizer.found_inf
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
         elif not self.left_out.item():
             self.optimizer.step()
         for now, before in zip(*self._buffers):
