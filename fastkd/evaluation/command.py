@@ -14,7 +14,6 @@ from rich.table import Table
 from fastkd.data import open_images
 from fastkd.train.build import AMP, EXPECTED, choose_amp, choose_workers, weights_of
 from fastkd.train.config import ConfigError, problem
-from fastkd.train.distributed import own_cores
 from fastkd.train.recipes._classifier import not_in_classes
 from fastkd.train.track import versions
 
@@ -52,7 +51,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         for name, folder in folders.items():
             crops = CenterCrops(
                 folder, encoder.img_size, config.batch_size, channels=encoder.in_chans, pin=cuda,
-                workers=choose_workers(config.workers, cuda, len(own_cores())),
+                workers=choose_workers(config.workers, cuda),
             )  # fmt: skip
             labels = torch.tensor([classes.index(folder.classes[label]) for label in folder.labels])
             task = bar.add_task(f"features of --{name.replace('_', '-')}", total=len(crops))

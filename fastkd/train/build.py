@@ -21,7 +21,7 @@ from fastkd.models.saving import encoder
 
 from . import checkpoint
 from .config import ConfigError, DistillConfig, RunConfig, problem
-from .distributed import Processes
+from .distributed import Processes, own_cores
 from .optimizer import make_optimizer
 
 _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
@@ -246,14 +246,15 @@ def choose_loader(name: str) -> type[ImageLoader]:
     return ImageLoader
 
 
-def choose_workers(workers: int, on_gpu: bool, cores: int) -> int:
+def choose_workers(workers: int, on_gpu: bool, cores: int | None = None) -> int:
     """Decoding processes: on a GPU machine all cores; on a CPU a quarter of them, for training needs the others.
 
     Args:
         workers: as wanted; -1 chooses.
         on_gpu: whether training runs on one.
-        cores: of this machine, the share of this training process.
+        cores: of this machine, the share of this training process; default all on which it may run.
     """
     if workers >= 0:
         return workers
+    cores = len(own_cores()) if cores is None else cores
     return min(16, max(1, cores)) if on_gpu else max(1, cores // 4)

@@ -17,7 +17,6 @@ from fastkd.methods.dmae import DMAE
 
 from .build import choose_workers
 from .config import ConfigError, DistillConfig, RunConfig
-from .distributed import own_cores
 from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
@@ -62,7 +61,14 @@ class HeldOut:
 
 
 class HeldOutLosses:
-    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some."""
+    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some.
+
+    Args:
+        config: of the run: `val_data`, `val_images`, `img_size`, `batch_size` and `seed` count.
+        method: what trains.
+        device: where it is.
+        amp: dtype of autocast; None computes in the dtype of the weights.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
@@ -93,7 +99,10 @@ class HeldOutLosses:
 
 
 class HeldOutClasses:
-    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some."""
+    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some.
+
+    Arguments as in `HeldOutLosses`.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
@@ -108,8 +117,8 @@ class HeldOutClasses:
             raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(self.classes)}"])
         self.labels = torch.tensor([self.classes.index(folder.classes[label]) for label in folder.labels])
         indices = _some(folder, config)
-        cores = len(own_cores())  # other processes wait meanwhile
-        workers = choose_workers(config.workers, device.type == "cuda", cores) if len(indices) > FEW else 0
+        # All cores: other processes wait meanwhile.
+        workers = choose_workers(config.workers, device.type == "cuda") if len(indices) > FEW else 0
         self.crops = CenterCrops(
             folder, config.img_size, config.batch_size, channels=config.in_chans, indices=indices, workers=workers
         )

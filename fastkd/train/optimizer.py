@@ -13,7 +13,7 @@ _APEX = "build NVIDIA/apex from its sources with its CUDA extensions ('pip insta
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups of the trainable parameters, with and without weight decay.
+    """Two parameter groups of a model's trainable parameters, with `weight_decay` and without.
 
     One-dimensional parameters (norms, biases, layer scales) do not decay, nor do those that a module of ours names in
     `no_weight_decay()`; everything else does, cls_token and mask_token ([1, 1, D]) included, as in the published code.
@@ -43,6 +43,9 @@ def adamw(
     """AdamW over `param_groups`.
 
     Args:
+        model: what is trained.
+        lr: learning rate of all groups.
+        weight_decay, betas: of AdamW; weight_decay as in `param_groups`.
         kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
             apex, which runs on GPUs alone.
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.
@@ -103,7 +106,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's learning rate to ``lr * lr_scale`` (lr_scale is 1 where a group has none).
+    """Sets the learning rate of every group of an optimizer to ``lr * lr_scale`` (1 where a group has none).
 
     A rate that is a tensor keeps its storage, which a CUDA graph may read.
     """
