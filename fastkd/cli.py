@@ -15,6 +15,7 @@ import tyro
 from fastkd.help import show
 from fastkd.options import RECIPES, parse, read_config, recipe_names, split_config
 from fastkd.train.config import ConfigError, PretrainConfig, RunConfig, problem
+from fastkd.train.launch import launch
 from fastkd.train.recipes import METHODS, config_of
 
 WRONG_ARGUMENTS = 2
@@ -71,15 +72,30 @@ def distill(arguments: list[str]) -> int:
         listing = "\n".join(f"  {known:10} {line}" for known, (_, line) in METHODS.items())
         return _say(f"fastkd distill: --method: got {name!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
     command = "distill" if name == "dmae" else f"distill --method {name}"
-    return _train("distill", _parse(config_of(name), command, arguments))
+    return _train("distill", config_of(name), command, arguments)
 
 
 def pretrain(arguments: list[str]) -> int:
     """Train a masked autoencoder without a teacher; it can become one."""
-    return _train("pretrain", _parse(PretrainConfig, "pretrain", arguments))
+    return _train("pretrain", PretrainConfig, "pretrain", arguments)
 
 
-def _train(command: str, config: RunConfig) -> int:
+def finetune(arguments: list[str]) -> int:
+    """Make a classifier of any encoder on class folders."""
+    from fastkd.train.recipes.finetune import FinetuneConfig
+
+    return _train("finetune", FinetuneConfig, "finetune", arguments)
+
+
+def _train(command: str, target: type[RunConfig], usage: str, arguments: list[str]) -> int:
+    try:
+        config = _parse(target, usage, arguments)
+    except ConfigError as error:
+        if launch().world_size > 1:  # the others may have no mistake to report, and wait for this process
+            from fastkd.train.distributed import fail_together
+
+            fail_together(error.problems)
+        raise
     from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
     from fastkd.train.loop import distill as run
@@ -88,7 +104,7 @@ def _train(command: str, config: RunConfig) -> int:
         result = run(config)
     except (TrainingError, UnreadableError) as error:
         return _say(f"fastkd {command}: {error}", 1)
-    return 0 if result.finished else STOPPED
+    return result.exit_code
 
 
 def recipes(arguments: list[str]) -> int:
@@ -199,6 +215,7 @@ def bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "pretrain": pretrain,
+    "finetune": finetune,
     "eval": evaluate,
     "export": export,
     "pack": pack,
@@ -260,5 +277,6 @@ def _usage(command: str, listing: str) -> int:
 
 
 def _say(text: str, code: int, file=None) -> int:
-    print(text, file=file or sys.stderr)
+    if text:
+        print(text, file=file or sys.stderr)
     return code

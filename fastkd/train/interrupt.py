@@ -10,13 +10,13 @@ logger = logging.getLogger("fastkd")
 
 
 class Interrupt:
-    """Context manager: the signals set `pressed`; a second one stops at once.
+    """Context manager: a signal's number stands in `pressed`, 0 before; a second one stops at once.
 
-    Only the main process stops by it: with several, the others must take part in its last step (torchrun ends them).
+    Several processes ask each other for it, and stop together (`Processes.agreed`).
     """
 
-    def __init__(self, is_main: bool) -> None:
-        self.is_main, self.pressed = is_main, False
+    def __init__(self) -> None:
+        self.pressed = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -30,9 +30,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if not self.is_main:
-            return
         if self.pressed:
             raise KeyboardInterrupt
-        self.pressed = True
+        self.pressed = number
         logger.info("stopping after this step; once more stops without saving")

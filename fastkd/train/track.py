@@ -21,7 +21,7 @@ from .trackers import Tracker
 logger = logging.getLogger("fastkd")
 CONFIG, FACTS = "config.yaml", "run"
 HEADING = (
-    f"# What ran, in full: fastkd distill --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
+    f"# What ran, in full: its command with --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
 )
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
@@ -29,18 +29,23 @@ LOSSES = ("loss", "pixel_loss", "align_loss")
 class RunFolder:
     """Files of one run.
 
+    Args:
+        root: the folder.
+        writes: False reads alone: of several processes one writes.
+
     Attributes:
         root: the folder.
         checkpoint: ``checkpoints/last``.
         pictures: ``pictures``, a folder.
-        exported: ``exported/student_timm.safetensors``.
+        exported: ``exported/student_timm.safetensors``; exported_ema: ``exported/student_ema_timm.safetensors``.
         trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+    def __init__(self, root: str | Path, writes: bool = True) -> None:
+        self.root, self.writes = Path(root).expanduser(), writes
         self.checkpoint = self.root / "checkpoints/last"
         self.exported = self.root / "exported/student_timm.safetensors"
+        self.exported_ema = self.root / "exported/student_ema_timm.safetensors"
         self.pictures = self.root / "pictures"
         self.trackers: list[Tracker] = []
         self._metrics = self.root / "metrics.jsonl"
@@ -92,8 +97,9 @@ class RunFolder:
 
     def add(self, row: dict) -> None:
         """Appends a line to metrics.jsonl."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         for tracker in self.trackers:
             tracker.add(row)
 
