@@ -209,9 +209,7 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(folder):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_is_killed_the_other_ends_with_a_message(folder, victim):
-    started = time.monotonic()
-    ended = run_pair(train_and_signal, folder, victim, signal.SIGKILL)
-    assert time.monotonic() - started < 30
+    ended = run_pair(train_and_signal, folder, victim, signal.SIGKILL)  # which waits for no one for ever
     assert ended[victim].code == -signal.SIGKILL and ended[1 - victim].code == 1, ended
     message = f"another process of this run is gone: rank {victim} on "
     advice = f"the last checkpoint is {checkpoint.find(folder / 'run')}; the same command continues from there"
@@ -250,7 +248,7 @@ def test_processes_that_differ_do_not_start(folder):
 def test_a_mistake_on_one_machine_ends_all(folder):
     first, second = run_pair(train_with, folder, [], ["--data", folder / "nowhere"])
     assert first.code == second.code == 2
-    assert "nowhere, expected an existing folder of images; check the path (rank 1 on " in first.output
+    assert "nowhere, expected an existing folder of images, or .tar file; check the path (rank 1 on " in first.output
 
 
 def fail_in_setup(rank: int, folder: Path) -> None:

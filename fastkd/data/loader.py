@@ -41,8 +41,11 @@ class UnreadableError(RuntimeError):
 
 
 def open_images(place: str | os.PathLike) -> ImageSource:
-    """What images there are: packed pixels where ``fastkd pack`` wrote them, a .tar archive, the image files of a
-    folder, or, where it has none, its .tar archives."""
+    """What images there are.
+
+    Args:
+        place: a folder that ``fastkd pack`` wrote, a .tar archive, a folder of image files, or one of .tar archives.
+    """
     path = Path(place).expanduser()
     if is_packed(path):
         return PackedImages(path)

@@ -36,7 +36,7 @@ def save(folder: Path, student: nn.Module, state: dict) -> None:
 
 def find(source: Path) -> Path | None:
     """The checkpoint that a run folder, ``checkpoints/last`` or a file in it stands for; None where there is none."""
-    source = Path(source).expanduser()
+    source = Path(source).expanduser().absolute()  # a name alone has no folder beside which another one could be
     for folder in (source.parent,) if source.is_file() else (source / "checkpoints/last", source):
         for candidate in (folder, _beside(folder)[1]):
             if (candidate / STUDENT).exists() and (candidate / STATE).exists():

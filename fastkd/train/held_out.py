@@ -57,7 +57,14 @@ class HeldOut:
 
 
 class HeldOutLosses:
-    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some."""
+    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some.
+
+    Args:
+        config: of the run: `val_data`, `val_images`, `img_size`, `batch_size` and `seed` count.
+        method: what trains.
+        device: where it is.
+        amp: dtype of autocast; None computes in the dtype of the weights.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
@@ -88,7 +95,10 @@ class HeldOutLosses:
 
 
 class HeldOutClasses:
-    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some."""
+    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some.
+
+    Arguments as in `HeldOutLosses`.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
