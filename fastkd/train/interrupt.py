@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 
 logger = logging.getLogger("fastkd")
 
@@ -13,10 +14,14 @@ class Interrupt:
     """Context manager: a signal's number stands in `pressed`, 0 before; a second one stops at once.
 
     Several processes ask each other for it, and stop together (`Processes.agreed`).
+
+    Args:
+        echo: seconds in which further signals count as the first one: a scheduler tells every process of a job, and
+            torchrun, which is one of them, tells those that it has started again.
     """
 
-    def __init__(self) -> None:
-        self.pressed = 0
+    def __init__(self, echo: float = 0.0) -> None:
+        self.pressed, self.echo, self._first = 0, echo, 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -30,7 +35,9 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
+        if self.pressed and time.monotonic() - self._first < self.echo:
+            return
         if self.pressed:
             raise KeyboardInterrupt
-        self.pressed = number
+        self.pressed, self._first = number, time.monotonic()
         logger.info("stopping after this step; once more stops without saving")

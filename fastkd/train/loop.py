@@ -145,7 +145,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with (
         reporter,
-        Interrupt() as interrupt,
+        Interrupt(echo=10.0 if group.world_size > 1 else 0.0) as interrupt,
         contextlib.closing(iter(loader)) as batches,
         contextlib.closing(run),
         group.guard(),
