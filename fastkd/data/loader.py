@@ -293,8 +293,9 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides, workers go on serving its last step.
+    # Ctrl-C and a scheduler's signals reach all processes: the main one decides, workers go on serving its last step.
     # They end with it: by its word, or when they see that it is gone. Should it wait for them without a word, as an
     # interpreter does that exits with an iterator alive, SIGTERM ends them after all, late.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,17 @@ class ConfigError(ValueError):
 def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
     """One line: argument, what came, what was expected and what to do."""
     return f"--{argument.replace('_', '-')}: got {got}, expected {expected}" + (f"; {fix}" if fix else "")
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why nothing can be written to a folder, or beside it where it has yet to be made; empty where it can."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+    return ""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,12 +99,14 @@ class RunConfig(abc.ABC):
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     save_minutes: float = 5.0
-    """Minutes between two checkpoints."""
+    """Minutes between two checkpoints. Ctrl-C, SIGTERM and SIGUSR1 save as well, and exit with 130, 143 and 138."""
     save_every: int = 0
     """Steps between two checkpoints, besides save_minutes; 0: by time only."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest; while one is saved there is room for one more."""
     resume: str = "auto"
-    """auto continues the run in --out where there is one; never refuses to; a path continues that run or checkpoint
-    into --out."""
+    """auto continues the run in --out, where there is one, from its newest checkpoint whose checksums are right; never
+    refuses to; a path continues that run or checkpoint into --out."""
 
     @property
     def find_unused(self) -> bool:
@@ -127,9 +141,11 @@ class RunConfig(abc.ABC):
                 found.append(problem(argument, folder, "an existing folder of images", "check the path"))
         out = Path(self.out).expanduser()
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
+        why_not = why_not_writable(out)
+        self._need(found, "out", not why_not, "a folder that can be written", why_not)
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
         self._need(found, "img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in "batch_size accumulate log_every val_images".split():
+        for argument in "batch_size accumulate log_every val_images keep_checkpoints".split():
             self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
         for argument in "seed min_lr weight_decay val_every save_every save_minutes".split():
             self._need(found, argument, getattr(self, argument) >= 0, "at least 0")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's early warning) end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import signal
 import threading
 
 logger = logging.getLogger("fastkd")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """Context manager: the signals set `pressed`; a second one stops at once.
+    """Context manager: the first signal's number stands in `pressed`, 0 before; a second one stops at once.
 
     Only the main process stops by it: with several, the others must take part in its last step (torchrun ends them).
     """
 
     def __init__(self, is_main: bool) -> None:
-        self.is_main, self.pressed = is_main, False
+        self.is_main, self.pressed = is_main, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -33,6 +34,6 @@ class Interrupt:
         if not self.is_main:
             return
         if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-        logger.info("stopping after this step; once more stops without saving")
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.pressed = number
+        logger.info("%s: stopping after this step; once more stops without saving", signal.Signals(number).name)

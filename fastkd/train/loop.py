@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
-from .resume import check_same_run, checkpoint_to_resume, restore
+from .resume import check_same_run, checkpoint_to_resume, restore, warn_of_damage
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
 from .track import Reporter, RunFolder, Stopwatch
@@ -42,12 +42,19 @@ class Result(NamedTuple):
         step: optimiser steps done.
         finished: False where it was interrupted; the same call resumes it.
         exported: the student as a timm checkpoint (None while unfinished).
+        signal: number of the signal that stopped it, 0 for none.
     """
 
     run: Path
     step: int
     finished: bool
     exported: Path | None
+    signal: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 0 finished, 128 + signal stopped (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1)."""
+        return 128 + self.signal if self.signal and not self.finished else 0
 
 
 def distill(config: RunConfig) -> Result:
@@ -57,7 +64,7 @@ def distill(config: RunConfig) -> Result:
 
     Raises:
         ConfigError: wrong arguments, all at once.
-        TrainingError: the loss is not finite any more.
+        TrainingError: the loss is not finite any more, or the end of the run could not be written.
     """
     config.validate()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -69,7 +76,8 @@ def distill(config: RunConfig) -> Result:
 
 def _train(config: RunConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out), group.device
-    source, given = checkpoint_to_resume(config, run), config.as_dict()
+    found, given = checkpoint_to_resume(config, run), config.as_dict()
+    source = found.good
     method, config = config.build(device)
     names = method.losses
     loader, config = build_loader(config, group)
@@ -93,11 +101,26 @@ def _train(config: RunConfig, group: Processes) -> Result:
     )  # fmt: skip
     held_out = config.held_out(method, device, amp) if group.is_main else None
     if group.is_main:
-        run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
-        run.rewind(step)
+        try:
+            run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
+            checkpoint.clean(run.checkpoints)
+            if config.resume == "auto":
+                checkpoint.set_aside(folder for folder, _ in found.damaged)
+            run.rewind(-1 if source is None else step)
+        except OSError as error:
+            raise ConfigError([problem("out", run.root, "a folder that can be written", str(error))]) from error
     group.barrier()
 
-    def save() -> None:
+    def written(what: str, write: Callable[[], object]) -> bool:
+        """Whether it could be written: a full disk does not end a run, whose older checkpoints are still good."""
+        try:
+            write()
+        except OSError as error:
+            logger.error("step %d: %s not written: %s", step, what, error)
+            return False
+        return True
+
+    def save() -> bool:
         losses = _checked(history[:filled], names, step, run)
         if not all(norm.isfinite() for norm in torch._foreach_norm([p.detach() for p in method.parameters()])):
             raise TrainingError(_not_finite(step, "weights are not finite", run))
@@ -106,13 +129,17 @@ def _train(config: RunConfig, group: Processes) -> Result:
             heads=method.training_state(), scaler=train_step.scaler.state_dict(),
             loader=loader.state_dict(), rng=torch.get_rng_state(),
         )  # fmt: skip
-        checkpoint.save(run.checkpoint, method.student, state)
-        held_out.draw(run)
+        saved = written("the metrics", run.sync) and written(
+            "the checkpoint", lambda: checkpoint.save(run.checkpoints, method.student, state, config.keep_checkpoints)
+        )
+        written("the pictures", lambda: held_out.draw(run))
+        return saved
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
         _announce(config, method, loader, group, step, source)
-        if step == 0 and group.is_main:
+        warn_of_damage(found, step)
+        if source is None and group.is_main:
             held_out.evaluate(run, step, loader.epoch)
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
@@ -146,17 +173,19 @@ def _train(config: RunConfig, group: Processes) -> Result:
                         save()
                         last_save = time.monotonic()
 
-        finished = step >= config.steps
+        finished, complete = step >= config.steps, True
         if group.is_main:
-            save()
+            complete = save()
             if finished:
-                line = checkpoint.export(method.student, run.exported)
-                logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
-            else:
+                complete &= written("the exported student", lambda: _export(method.student, run, step))
+            elif complete:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
         if finished:
             group.barrier()
-    return Result(run.root, step, finished, run.exported if finished else None)
+        if not complete:
+            fix = "Make room where --out is; the same command then goes on from there"
+            raise TrainingError(f"step {step}: the end of the run is not written; {_last_good(run)}. {fix}")
+    return Result(run.root, step, finished, run.exported if finished else None, interrupt.pressed)
 
 
 def _checked(losses: Tensor, names: Sequence[str], step: int, run: RunFolder) -> Tensor:
@@ -170,9 +199,18 @@ def _checked(losses: Tensor, names: Sequence[str], step: int, run: RunFolder) ->
 
 
 def _not_finite(step: int, what: str, run: RunFolder) -> str:
-    good = checkpoint.find(run.root)
-    kept = f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
+    kept = _last_good(run)
     return f"step {step}: {what}. Training stops; {kept}. Try a lower --blr, more --warmup-epochs, or --amp off"
+
+
+def _last_good(run: RunFolder) -> str:
+    good = checkpoint.find(run.root)
+    return f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
+
+
+def _export(student: nn.Module, run: RunFolder, step: int) -> None:
+    line = checkpoint.export(student, run.exported)
+    logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
 
 
 def _announce(
