@@ -17,8 +17,8 @@ import torch
 from common import ROOT, provenance, read_rows, write_rows
 
 from fastkd.demos.dmae import Config, Demo
-from fastkd.demos.evaluate import evaluate
 from fastkd.demos.training import Recipe, fit, one_thread
+from fastkd.evaluation.pictures import evaluate
 
 
 def measure(demo: Demo, masks: int, ratio: float, seed: int) -> dict:

@@ -25,6 +25,7 @@ import device_record
 import floors
 import method_tables
 import ops_page
+import reproduce_table
 import teacher_tables
 from common import ROOT, read_rows
 from tables import markdown, number, rows_of, short, times
@@ -191,6 +192,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "changes": changes.table,
     "floors": floors.floor_table,
     "scale": floors.scale_table,
+    "reproduce": reproduce_table.table,
     "teacher_precision": teacher_tables.precision,
     "teacher_learning": teacher_tables.learning,
     "teacher_speed": teacher_tables.speed,

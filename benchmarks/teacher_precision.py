@@ -24,8 +24,8 @@ from torch import Tensor
 from fastkd import ops
 from fastkd.demos import pictures
 from fastkd.demos.dmae import TEACHER, three_quarters
-from fastkd.demos.evaluate import evaluate
 from fastkd.demos.training import Recipe, fit, masked_autoencoder, statistics
+from fastkd.evaluation.pictures import evaluate
 from fastkd.methods.dmae import DMAE
 from fastkd.models import Teacher, VisionTransformer, load_vit
 from fastkd.models.quantized import EXACT_BLOCKS, quantize_vit

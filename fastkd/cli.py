@@ -1,8 +1,9 @@
-"""The command line: ``fastkd distill | pack | demo | bench | info | export``. Heavy imports wait for the command."""
+"""The command line, ``fastkd COMMAND``. Heavy imports wait for the command."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Literal, NoReturn
 
 import tyro
 
-from fastkd.train.config import ConfigError, problem
+from fastkd.help import show
+from fastkd.options import RECIPES, parse, read_config, recipe_names, split_config
+from fastkd.train.config import ConfigError, PretrainConfig, RunConfig, problem
 from fastkd.train.recipes import METHODS, config_of
 
 WRONG_ARGUMENTS = 2
@@ -64,8 +67,16 @@ def distill(arguments: list[str]) -> int:
     if name not in METHODS:
         listing = "\n".join(f"  {known:10} {line}" for known, (_, line) in METHODS.items())
         return _say(f"fastkd distill: --method: got {name!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
-    config = _parse(config_of(name), f"distill --method {name}", arguments)
-    config.validate()  # before torch is imported: wrong arguments answer at once
+    command = "distill" if name == "dmae" else f"distill --method {name}"
+    return _train("distill", _parse(config_of(name), command, arguments))
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train a masked autoencoder without a teacher; it can become one."""
+    return _train("pretrain", _parse(PretrainConfig, "pretrain", arguments))
+
+
+def _train(command: str, config: RunConfig) -> int:
     from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
     from fastkd.train.loop import distill as run
@@ -73,53 +84,76 @@ def distill(arguments: list[str]) -> int:
     try:
         result = run(config)
     except (TrainingError, UnreadableError) as error:
-        return _say(f"fastkd distill: {error}", 1)
+        return _say(f"fastkd {command}: {error}", 1)
     return result.exit_code
+
+
+def recipes(arguments: list[str]) -> int:
+    """List the recipes that --config knows by name, or show one: fastkd recipes NAME."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = {name: (RECIPES / f"{name}.yaml").read_text().splitlines()[0] for name in recipe_names()}
+        listing = "\n".join(f"  {name:24} {line.lstrip('# ')}" for name, line in lines.items())
+        shown = "usage: fastkd recipes NAME shows one; fastkd distill --config NAME --data FOLDER --out RUN follows it"
+        return _say(f"{shown}\n\n{listing}", 0, sys.stdout)
+    if arguments[0] not in recipe_names():
+        read_config(arguments[0] if not Path(arguments[0]).exists() else "")
+    return _say((RECIPES / f"{arguments[0]}.yaml").read_text().rstrip(), 0, sys.stdout)
 
 
 def pack(arguments: list[str]) -> int:
     """Decode a folder of images once, for training that does not wait for decoding."""
-    options = _parse(Pack, "pack", arguments)
+    given = _parse(Pack, "pack", arguments)
     from fastkd.data.pack_command import run
 
-    return run(options)
+    return run(given)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Judge features on class folders: nearest neighbours, linear probe, and the source's own head."""
+    from fastkd.evaluation.config import EvalConfig
+
+    config = _parse(EvalConfig, "eval", arguments)
+    from fastkd.evaluation.command import evaluate as run
+
+    run(config)
+    return 0
 
 
 def export(arguments: list[str]) -> int:
     """Write a student for timm, transformers or fastkd."""
-    options = _parse(Export, "export", arguments)
-    if options.format != "transformers" and options.out.suffix != ".safetensors":
-        expected = f"a name that ends in .safetensors for --format {options.format}"
-        raise ConfigError([problem("out", options.out, expected)])
+    given = _parse(Export, "export", arguments)
+    if given.format != "transformers" and given.out.suffix != ".safetensors":
+        expected = f"a name that ends in .safetensors for --format {given.format}"
+        raise ConfigError([problem("out", given.out, expected)])
     from fastkd.models import MaskedAutoencoderViT, export_timm, load_vit, save, to_transformers
     from fastkd.train.build import EXPECTED, weights_of
 
     try:
-        model = load_vit(weights_of(options.source), img_size=options.img_size)
+        model = load_vit(weights_of(given.source), img_size=given.img_size)
     except EXPECTED as error:
         raise ConfigError([f"SOURCE: {error}"]) from error
-    if options.format == "transformers" and not isinstance(model, MaskedAutoencoderViT):
-        got = f"transformers with {options.source}, an encoder without decoder"
+    if given.format == "transformers" and not isinstance(model, MaskedAutoencoderViT):
+        got = f"transformers with {given.source}, an encoder without decoder"
         raise ConfigError([problem("format", got, "timm or safetensors")])
     try:
-        if options.format == "timm":
-            print(f"{options.out} loads with\n  {export_timm(model, options.out)}")
-        elif options.format == "safetensors":
-            print(f"{save(model, options.out)} loads with fastkd.models.load_vit")
+        if given.format == "timm":
+            print(f"{given.out} loads with\n  {export_timm(model, given.out)}")
+        elif given.format == "safetensors":
+            print(f"{save(model, given.out)} loads with fastkd.models.load_vit")
         else:
-            to_transformers(model).save_pretrained(options.out)
-            print(f"{options.out} loads with transformers.ViTMAEForPreTraining.from_pretrained({str(options.out)!r})")
+            to_transformers(model).save_pretrained(given.out)
+            print(f"{given.out} loads with transformers.ViTMAEForPreTraining.from_pretrained({str(given.out)!r})")
     except (ValueError, ImportError) as error:
-        raise ConfigError([f"--format {options.format}: {error}"]) from error
+        raise ConfigError([f"--format {given.format}: {error}"]) from error
     return 0
 
 
 def info(arguments: list[str]) -> int:
     """Show versions, hardware, native libraries and the backend of each op."""
-    options = _parse(Info, "info", arguments)
+    given = _parse(Info, "info", arguments)
     from fastkd import info as report
 
-    return report.main(as_json=options.json)
+    return report.main(as_json=given.json)
 
 
 def demo(arguments: list[str]) -> int:
@@ -161,11 +195,14 @@ def bench(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
+    "pretrain": pretrain,
+    "eval": evaluate,
+    "export": export,
     "pack": pack,
+    "recipes": recipes,
     "demo": demo,
     "bench": bench,
     "info": info,
-    "export": export,
 }
 
 
@@ -192,20 +229,27 @@ def _run(arguments: list[str]) -> int:
         return _say("\n".join(f"fastkd {name}: {line}" for line in error.problems), WRONG_ARGUMENTS)
     except KeyboardInterrupt:
         return _say(f"fastkd {name}: stopped", STOPPED)
+    except BrokenPipeError:  # whoever read along has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor must the interpreter's last flush fail
+        return 1
 
 
 def _method(arguments: list[str]) -> str:
-    """What --method names; the options of a run depend on it."""
-    for index, argument in enumerate(arguments):
-        name, given, value = argument.partition("=")
+    """What --method names, here or in the --config file; the options of a run depend on it."""
+    file, words = split_config(arguments)
+    for index, word in enumerate(words):
+        name, given, value = word.partition("=")
         if name == "--method":
-            return value if given else (arguments[index + 1 : index + 2] or [""])[0]
-    return "dmae"
+            return value if given else (words[index + 1 : index + 2] or [""])[0]
+    return str(read_config(file).get("method", "dmae")) if file else "dmae"
 
 
 def _parse(target, command: str, arguments: list[str]):
-    """A dataclass filled from arguments; wrong ones end the process with code 2 and a message."""
-    return tyro.cli(target, prog=f"fastkd {command}", args=arguments)
+    """A dataclass filled from arguments; with --help prints what there is and exits."""
+    if {"-h", "--help"} & set(arguments):
+        show(target, f"fastkd {command}")
+        raise SystemExit(0)
+    return parse(target, arguments)
 
 
 def _usage(command: str, listing: str) -> int:

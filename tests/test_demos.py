@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastkd.demos import DEMOS, dmae, evaluate, pictures, report, training
+from fastkd.demos import DEMOS, dmae, pictures, report, training
+from fastkd.evaluation import pictures as evaluate
 from fastkd.methods.dmae import DMAE
 from fastkd.models.checkpoints import load_vit
 from fastkd.models.saving import save

@@ -18,7 +18,7 @@ from fastkd.data import Batch
 from fastkd.methods import DMAE, dmae
 from fastkd.models import MaskedAutoencoderViT, Teacher
 from fastkd.ops.masked.random_masking import num_visible, uniforms
-from fastkd.train import ConfigError, CudaGraphs, TrainingStep, adamw, distill, lr_at, set_lr, step
+from fastkd.train import ConfigError, CudaGraphs, DistillConfig, TrainingStep, adamw, distill, lr_at, set_lr, step
 from fastkd.train.build import build_optimizer
 from fastkd.train.distributed import Processes
 from fastkd.train.track import RunFolder
@@ -184,6 +184,20 @@ def test_the_learning_rate_of_a_graph_is_a_tensor_that_stays():
     set_lr(optimizer, 0.25)
     assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.125]
     assert [group["lr"].data_ptr() for group in optimizer.param_groups] == places
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_config_says_which_parameters_learn_at_which_rate(tmp_path, capturable):
+    class Slower(DistillConfig):
+        def param_groups(self, method):
+            decayed, plain = super().param_groups(method)
+            return [{**decayed, "lr_scale": 0.5}, plain]
+
+    values = tiny_config(tmp_path, weight_decay=0.3).as_dict()
+    optimizer = build_optimizer(Slower(**values), make_model(), capturable)
+    set_lr(optimizer, 0.25)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.125, 0.25]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there are real graphs")

@@ -22,7 +22,7 @@ from fastkd.models import MaskedAutoencoderViT, load_vit
 from fastkd.ops import patchify
 from fastkd.train import ConfigError, TrainingError, adamw, checkpoint, distill, lr_at, param_groups, set_lr
 from fastkd.train.held_out import HeldOut
-from fastkd.train.plots import _fill_in
+from fastkd.train.plots import _fill_in, feature_similarity
 from fastkd.train.track import Reporter, RunFolder
 
 GOLDEN = Path(os.environ.get("FASTKD_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -123,8 +123,8 @@ def test_run_folder(tmp_path, plots):
     assert held_out[-1]["val_align_loss"] < 0.8 * held_out[0]["val_align_loss"]
     log = (run / "train.log").read_text()
     assert "broken.jpg" in log and "step 24" in log and "finished after 24 steps" in log
-    for name in ("pictures/loss_curves.png", "pictures/reconstruction.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("loss_curves", "reconstruction", "feature_similarity"):
+        assert (run / f"pictures/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_features_alone_have_no_reconstruction_plot(tmp_path, plots):
@@ -367,3 +367,17 @@ def test_problems_that_need_the_models(tmp_path, changes, expected):
     assert len(error.value.problems) == len(expected)
     assert all(part in line for part, line in zip(expected, error.value.problems))
     assert not (tmp_path / "run").exists()
+
+
+def test_patch_features_are_what_the_loss_aligns(tmp_path):
+    """Nothing masked: patches in raster order, students projected, both sides without prefix tokens."""
+    model, _ = tiny_config(tmp_path).build(torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    ((ours, theirs),) = model.patch_features(images)
+    assert ours.shape == theirs.shape == (2, 16, 32)
+    whole = model.student(images, taps=model.student_blocks).taps[model.student_blocks[0]]
+    head = model.aligned_feature_projection_heads[0]
+    torch.testing.assert_close(ours, head(whole[:, 1:]))
+    torch.testing.assert_close(theirs, model.teacher(images)[0][:, 1:])
+    feature_similarity(images, ours, theirs, model.student.grid, tmp_path / "likeness.png")
+    assert (tmp_path / "likeness.png").read_bytes().startswith(b"\x89PNG")

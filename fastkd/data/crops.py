@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.ops.images.resized_crop import resized_crop
 
+from .batch import Batch
 from .packed import PackedImages
 from .transforms import random_box
 
@@ -37,10 +38,8 @@ class Crops(NamedTuple):
     indices: Tensor
     failures: tuple[tuple[str, str], ...] = ()
 
-    def to(self, device: torch.device | str):
+    def to(self, device: torch.device | str) -> Batch:
         """The `Batch`: resized and flipped on the device, on its current stream; the copy does not block."""
-        from .loader import Batch
-
         tensors = self.pixels, self.offsets, self.boxes, self.flip, self.keys
         pixels, offsets, boxes, flip, keys = (tensor.to(device, non_blocking=True) for tensor in tensors)
         images = resized_crop(

@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .folder import ImageFolder
-from .loader import Batch, ImageLoader
+from .batch import Batch
+from .loader import ImageLoader
+from .reading import opened, orientation_of
+from .source import ImageFiles
 from .transforms import random_box
 
 logger = logging.getLogger("fastkd")
 DEPTH = 2  # batches that DALI prepares ahead
-_ORIENTATION_TAG = 0x0112
 
 
 class DaliLoader(ImageLoader):
@@ -47,8 +48,10 @@ class DaliLoader(ImageLoader):
         except ImportError as error:
             raise ImportError(f"DALI does not import ({error}); pip install 'fastkd[dali]' brings it") from error
         super().__init__(folder, size, batch_size, workers=(workers + 3) // 4, **options)
-        if not isinstance(self.folder, ImageFolder):
+        if not isinstance(self.folder, ImageFiles):
             raise ValueError(f"{self.folder.root} holds packed images, expected image files for DALI")
+        if self._views.transform is not None:
+            raise ValueError("transform: got one for DALI, which crops and flips by itself; expected --loader pil")
         self._threads = max(1, workers)
         self._files = _Files(self._views)
 
@@ -171,7 +174,7 @@ class _Files(torch.utils.data.Dataset):
             keys.append(drawn)
             found = self._plain(place[-1])
             if found is None:
-                image, index = self.views._view(place[-1], random, failures)
+                image, index = self.views.view(place[-1], random, failures)
                 ready.append((row, np.array(np.broadcast_to(image, (*self.views.size, self.views.channels)))))
                 found, box, flip = self.stand_in, (0, 0, 8, 8), False
             else:
@@ -190,16 +193,11 @@ class _Files(torch.utils.data.Dataset):
     def _plain(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | None:
         """A file for DALI and its (height, width); None where Pillow must see to it."""
         try:
-            data = np.fromfile(self.views.folder.path(index), np.uint8)
-            with Image.open(io.BytesIO(data)) as image:
-                upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
-                if (
-                    image.format == "JPEG"
-                    and image.mode in ("RGB", "L")
-                    and upright
-                    and tuple(data[-2:]) == (0xFF, 0xD9)
-                ):
-                    return data, image.size[::-1]
+            data = self.views.folder.read(index)
+            with opened(data) as image:
+                plain = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation_of(image) == 1
+                if plain and data.endswith(b"\xff\xd9"):
+                    return np.frombuffer(data, np.uint8), image.size[::-1]
         except Exception:  # Pillow's decoders raise many types on broken files; its own way will say so
             return None
         return None

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
-from .transforms import center_crop
+from .reading import read_file
+from .source import ImageFiles
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .tga".split()
 )
 
 
-class ImageFolder:
+class ImageFolder(ImageFiles):
     """The images below a folder, at any depth, sorted by path.
 
     Class folders are optional. Where there are some, the class of an image is the first folder level below the
@@ -51,16 +50,12 @@ class ImageFolder:
         index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
         self.labels = [index[owner] for owner in owners]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def path(self, index: int) -> str:
         """Full path of an image."""
         return f"{self.root}/{self.paths[index]}"
 
-    def center_crop(self, index: int, size: tuple[int, int], channels: int = 3) -> np.ndarray:
-        """Evaluation view of an image, uint8 [height, width, channels] (see `fastkd.data.center_crop`)."""
-        return center_crop(self.path(index), size, channels=channels)
+    def read(self, index: int) -> bytes:
+        return read_file(self.path(index))
 
 
 def _walk(root: str):

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from .batch import Batch
 from .crops import PackedViews
 from .folder import ImageFolder
 from .packed import PackedImages, is_packed
 from .prefetch import on_device
-from .transforms import random_resized_crop
+from .source import ImageSource
+from .views import ATTEMPTS, FileViews
 
 logger = logging.getLogger("fastkd")
 
@@ -36,36 +36,6 @@ SECONDS_AFTER_SIGTERM = 300  # that a worker goes on, for the last step of the m
 
 class UnreadableError(RuntimeError):
     """Image after image cannot be read."""
-
-
-class Batch(NamedTuple):
-    """One batch.
-
-    Attributes:
-        images: [B, height, width, channels] uint8.
-        keys: [B] int64, what fixes the mask of each image (see `fastkd.ops.random_masking`).
-        indices: [B] int64, index of each image in the folder.
-        failures: ((path, reason), ...) of the files that could not be read and were replaced.
-        labels: [B] int64, class of each image, -1 for none; None until the loader has filled it in.
-        others: images of a second folder (`PairedLoader`), or None.
-    """
-
-    images: Tensor
-    keys: Tensor
-    indices: Tensor
-    failures: tuple[tuple[str, str], ...]
-    labels: Tensor | None = None
-    others: Tensor | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What training reads, by name."""
-        named = dict(images=self.images, keys=self.keys, labels=self.labels, others=self.others)
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with images, keys and labels on a device; the copy does not block."""
-        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
 
 
 def open_images(folder: str | os.PathLike) -> ImageFolder | PackedImages:
@@ -94,7 +64,7 @@ class ImageLoader:
     they are; but a pass then lasts K epochs, and only ``1 / K`` of the images are decoded per epoch.
 
     Args:
-        folder: `ImageFolder`, `PackedImages` or the path of either.
+        folder: `ImageFolder`, `PackedImages` or the path of one.
         size: (height, width) of the images.
         batch_size: views per batch and process, a multiple of `masks_per_image`.
         channels: 3 (RGB) or 1 (grey).
@@ -103,6 +73,12 @@ class ImageLoader:
         rank, world_size: this process among those that share a global batch.
         device: where images and keys are wanted; batches for a GPU are copied two ahead (see `on_device`).
         masks_per_image: masks K under which each decoded view is seen.
+        transform: makes the training view instead of the random resized crop and flip, ``transform(image) -> array``:
+            from the whole picture, upright, a `PIL.Image` of mode RGB (L for one channel), to uint8
+            [height, width, channels], anything that `numpy.asarray` takes for one. It may draw from the global
+            generators of python, numpy and torch (CPU), as timm's and torchvision's do: they are seeded per sample
+            around each call, and left as they were. With workers it must be picklable where processes are spawned.
+            What it raises ends the iteration with the picture's name: it is not the file that is broken.
         augmentation: keyword arguments of `random_resized_crop` (scale, ratio, flip).
 
     Attributes:
@@ -113,7 +89,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        folder: ImageFolder | PackedImages | str | os.PathLike,
+        folder: ImageSource | str | os.PathLike,
         size: tuple[int, int],
         batch_size: int,
         *,
@@ -124,6 +100,7 @@ class ImageLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         masks_per_image: int = 1,
+        transform: Callable[[Image.Image], np.ndarray] | None = None,
         **augmentation,
     ) -> None:
         folder = open_images(folder) if isinstance(folder, (str, os.PathLike)) else folder
@@ -134,6 +111,9 @@ class ImageLoader:
         if masks_per_image < 1 or batch_size % masks_per_image:
             expected = f"at least 1 and a divisor of batch_size {batch_size}"
             raise ValueError(f"masks_per_image: got {masks_per_image}, expected {expected}")
+        if transform is not None and augmentation:
+            named = ", ".join(augmentation)
+            raise ValueError(f"transform: got one together with {named}, expected it to crop and flip by itself")
         self.folder, self.masks_per_image = folder, masks_per_image
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.device = torch.device(device)
@@ -141,10 +121,10 @@ class ImageLoader:
         self.batches_per_epoch = max(1, len(folder) // self.global_batch)
         self.batches_per_pass = max(1, len(folder) // (self.global_batch // masks_per_image))
         drawn = functools.partial(draw, seed, masks_per_image)
-        if isinstance(folder, PackedImages):
+        if isinstance(folder, PackedImages) and transform is None:
             self._views = PackedViews(folder, size, channels, drawn, augmentation, self.device)
         else:
-            self._views = _Views(folder, size, channels, drawn, augmentation)
+            self._views = FileViews(folder, size, channels, drawn, augmentation, transform)
         self._options = dict(
             batch_size=None,
             collate_fn=_as_it_is,
@@ -225,7 +205,7 @@ class ImageLoader:
                 logger.warning("skipped unreadable image %s: %s (another image takes its place)", path, reason)
         if batch.indices.numpy().min() < 0:
             raise UnreadableError(
-                f"{self.folder.root}: {_Views.attempts} files in a row cannot be read, the last one "
+                f"{self.folder.root}: {ATTEMPTS} files in a row cannot be read, the last one "
                 f"{batch.failures[-1][0]} ({batch.failures[-1][1]}); is this a folder of images?"
             )
 
@@ -233,7 +213,7 @@ class ImageLoader:
         """Position and what it depends on; plain numbers and strings."""
         return dict(
             position=self._position, skipped=self.skipped, seed=self.seed, global_batch=self.global_batch,
-            masks_per_image=self.masks_per_image, images=len(self.folder), fingerprint=self._fingerprint(),
+            masks_per_image=self.masks_per_image, images=len(self.folder), fingerprint=self.folder.fingerprint(),
         )  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -251,41 +231,6 @@ class ImageLoader:
                     f"checkpoint; restore it, or start a new run"
                 )
         self._position, self.skipped = state["position"], state["skipped"]
-
-    def _fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self.folder.paths).encode()).hexdigest()[:16]
-
-
-class _Views(torch.utils.data.Dataset):
-    """Decodes the images of one batch; lives in the workers."""
-
-    attempts = 20
-
-    def __init__(self, folder: ImageFolder, size, channels, draw, augmentation) -> None:
-        self.folder, self.size, self.channels, self.draw = folder, tuple(size), channels, draw
-        self.augmentation = augmentation
-
-    def __getitem__(self, places: list[tuple[int, int, int]]) -> Batch:
-        images = torch.empty((len(places), *self.size, self.channels), dtype=torch.uint8)
-        pixels, indices = images.numpy(), torch.empty(len(places), dtype=torch.int64)
-        keys, failures = [], []
-        for row, place in enumerate(places):
-            random, drawn = self.draw(place)
-            keys.append(drawn)
-            pixels[row], indices[row] = self._view(place[-1], random, failures)
-        return Batch(images, torch.from_numpy(np.concatenate(keys)), indices, tuple(failures))
-
-    def _view(self, index: int, random: np.random.Generator, failures: list) -> tuple[np.ndarray | int, int]:
-        """The augmented image and its index, which is another one where files are unreadable; (0, -1) in the end."""
-        for _ in range(self.attempts):
-            path = self.folder.path(index)
-            try:
-                options = self.augmentation
-                return random_resized_crop(path, self.size, random, channels=self.channels, **options), index
-            except Exception as error:  # Pillow's decoders raise many types on broken files
-                failures.append((path, f"{type(error).__name__}: {error}"))
-                index = int(random.integers(len(self.folder)))
-        return 0, -1
 
 
 def _as_it_is(batch: Batch) -> Batch:

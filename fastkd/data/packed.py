@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .source import ImageSource
 from .transforms import center_box
 
 FORMAT, VERSION = "fastkd-packed", 1
@@ -27,7 +28,7 @@ HEADER, PLAN = "packed.json", "plan.json"
 COLUMNS = ("name", "label", "offset", "height", "width", "crc32")
 
 
-class PackedImages:
+class PackedImages(ImageSource):
     """The images of a packed folder; stands in for `ImageFolder` wherever images are loaded.
 
     Args:
@@ -78,11 +79,7 @@ class PackedImages:
             if here < need:
                 raise ValueError(f"{path}: got {here} bytes, expected {need}; delete it with its .json and pack again")
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def path(self, index: int) -> str:
-        """Where an image lies, for messages."""
         return f"{self._shards[self._shard[index]]}:{self.paths[index]}"
 
     def image(self, index: int) -> np.ndarray:
@@ -91,13 +88,18 @@ class PackedImages:
         flat = self._map(int(self._shard[index]))[start : start + height * width * self.channels]
         return flat.reshape(height, width, self.channels)
 
+    def picture(self, index: int, channels: int = 3) -> Image.Image:
+        return self._picture(self.image(index), channels)
+
     def center_crop(self, index: int, size: tuple[int, int], channels: int = 3) -> np.ndarray:
-        """Evaluation view of an image, uint8 [height, width, channels] (see `fastkd.data.center_crop`)."""
         image = self.image(index)
         top, left, tall, wide = center_box(image.shape[:2], size)
-        crop = image[top : top + tall, left : left + wide]
-        picture = Image.fromarray(crop if self.channels == 3 else crop[..., 0]).convert("L" if channels == 1 else "RGB")
+        picture = self._picture(image[top : top + tall, left : left + wide], channels)
         return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, channels)
+
+    def _picture(self, pixels: np.ndarray, channels: int) -> Image.Image:
+        image = Image.fromarray(pixels if self.channels == 3 else pixels[..., 0])
+        return image.convert("L" if channels == 1 else "RGB")
 
     def is_whole(self, index: int) -> bool:
         """Whether the pixels are those that were written."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .loader import Batch, ImageLoader
+from .batch import Batch
+from .loader import ImageLoader
 
 
 class PairedLoader:

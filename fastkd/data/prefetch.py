@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .loader import Batch
+from .batch import Batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device | str, depth: int = 2) -> Iterator[Batch]:

@@ -8,58 +8,30 @@ wanted resolution remains, which makes a crop of a camera picture several times 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from PIL import Image
 
-_TRANSPOSE = {  # EXIF orientation -> what puts the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION_TAG = 0x0112
+from .reading import Picture, is_turned, opened, upright
+
 _REMAINING = 2  # a reduced decode keeps at least this multiple of the wanted resolution
 
 Box = tuple[int, int, int, int]
 Size = tuple[int, int]
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
-
-
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """RGB (3) or grey (1); transparent pixels become white, 16-bit grey keeps its high byte."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        values = values / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
 def _crop(image: Image.Image, choose, size: Size, channels: int) -> np.ndarray:
     """Decodes an opened file and returns the box that `choose((height, width))` names, resized to `size`."""
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    turned = orientation in (5, 6, 7, 8)
-    full = image.size[::-1] if turned else image.size  # upright (width, height)
+    full = image.size[::-1] if is_turned(image) else image.size  # upright (width, height)
     top, left, height, width = choose((full[1], full[0]))
     if image.format in ("JPEG", "MPO"):
         spare = min(height / size[0], width / size[1]) / _REMAINING
         reduction = next((r for r in (8, 4, 2) if r <= spare), 1)
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
-    image = _to_channels(_upright(image, orientation), channels)
+    image = upright(image, channels)
     target, bicubic = (size[1], size[0]), Image.Resampling.BICUBIC
     if image.size == full:
         return np.asarray(image.crop((left, top, left + width, top + height)).resize(target, bicubic))
@@ -93,14 +65,14 @@ def random_box(
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def open_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
+def open_image(picture: Picture, channels: int = 3) -> Image.Image:
     """The whole picture upright, RGB (channels=3) or grey (1), transparency on white."""
-    with Image.open(path) as image:
-        return _to_channels(_upright(image, image.getexif().get(_ORIENTATION_TAG, 1)), channels)
+    with opened(picture) as image:
+        return upright(image, channels)
 
 
 def random_resized_crop(
-    path: str | os.PathLike,
+    picture: Picture,
     size: Size,
     random: np.random.Generator,
     *,
@@ -109,8 +81,11 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
 ) -> np.ndarray:
-    """Training view of an image file: random resized crop and horizontal flip; uint8 [height, width, channels]."""
-    with Image.open(path) as image:
+    """Training view: random resized crop and horizontal flip, uint8 [height, width, channels].
+
+    `picture` is the path of a file or its bytes.
+    """
+    with opened(picture) as image:
         view = _crop(image, lambda full: random_box(random, full, scale, ratio), size, channels)
     if random.random() < flip:
         view = view[:, ::-1]
@@ -124,28 +99,27 @@ def center_box(full: Size, size: Size, share: float = 0.875) -> Box:
     return (full[0] - height) // 2, (full[1] - width) // 2, height, width
 
 
-def center_crop(path: str | os.PathLike, size: Size, *, channels: int = 3, share: float = 0.875) -> np.ndarray:
+def center_crop(picture: Picture, size: Size, *, channels: int = 3, share: float = 0.875) -> np.ndarray:
     """Evaluation view: the central box of the wanted shape that covers `share` of the shorter fit, resized.
 
     With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre".
     """
-    with Image.open(path) as image:
+    with opened(picture) as image:
         return _crop(image, lambda full: center_box(full, size, share), size, channels).reshape(*size, channels)
 
 
-def shrink(path: str | os.PathLike, short_side: int, channels: int = 3) -> np.ndarray:
+def shrink(picture: Picture, short_side: int, channels: int = 3) -> np.ndarray:
     """The whole picture, its shorter side shrunk to `short_side` (never enlarged); uint8 [height, width, channels]."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-        height, width = image.size if turned else image.size[::-1]
+    with opened(picture) as image:
+        height, width = image.size if is_turned(image) else image.size[::-1]
         scale = min(1.0, short_side / min(height, width))
         size = max(1, round(height * scale)), max(1, round(width * scale))
         return _crop(image, lambda full: (0, 0, *full), size, channels).reshape(*size, channels)
 
 
 def load_images(
-    paths: Sequence[str | os.PathLike] | Iterable, size: int | Size, *, channels: int = 3, share: float = 0.875
+    pictures: Iterable[Picture], size: int | Size, *, channels: int = 3, share: float = 0.875
 ) -> torch.Tensor:
     """Evaluation views of image files as one uint8 tensor [N, height, width, channels]."""
     size = (size, size) if isinstance(size, int) else size
-    return torch.from_numpy(np.stack([center_crop(path, size, channels=channels, share=share) for path in paths]))
+    return torch.from_numpy(np.stack([center_crop(each, size, channels=channels, share=share) for each in pictures]))

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastkd.evaluation.pictures import evaluate, features, knn_accuracy, pixel_scores
 from fastkd.methods.dmae import DMAE
 from fastkd.models.checkpoints import load_vit
 from fastkd.models.mae import MaskedAutoencoderViT
@@ -27,7 +28,6 @@ from fastkd.models.vit import VisionTransformer
 from fastkd.train.config import ConfigError, problem
 
 from . import dmae_report, pictures
-from .evaluate import evaluate, features, knn_accuracy, pixel_scores
 from .pictures import ASSETS, Pictures
 from .report import MARKERS, around_markers
 from .results import Results

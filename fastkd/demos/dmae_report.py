@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastkd.evaluation.pictures import features
 from fastkd.models.mae import MaskedAutoencoderViT
 
 from . import report
-from .evaluate import features
 from .training import visible_ratio
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.evaluation.pictures import evaluate
 from fastkd.methods import DMAE, MaskAlign
 from fastkd.models.mae import MaskedAutoencoderViT
 from fastkd.models.vit import VisionTransformer
@@ -25,7 +26,6 @@ from fastkd.train.schedule import lr_at
 
 from . import pictures
 from .compare import Arm, Claim, CompareConfig, Metric, compare, tune
-from .evaluate import evaluate
 from .training import masked_autoencoder, seeded, statistics
 
 UNTRAINED, MAE, LABELS, DISTILLED, RANDOM, ATTENTION = (

@@ -11,11 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
+from fastkd.evaluation.pictures import evaluate
 from fastkd.methods.dmae import DMAE
 from fastkd.models.saving import save
 
 from . import pictures
-from .evaluate import evaluate
 from .training import Recipe, fit, masked_autoencoder, one_thread, statistics
 
 SHAPE = dict(embed_dim=128, depth=6, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4)

@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fastkd.evaluation.pictures import Scores
+
 from . import report
-from .evaluate import Scores
 
 Key = tuple[str, "float | None", int]  # name, mask ratio, seed
 

@@ -207,7 +207,7 @@ class DMAE(nn.Module):
         loss = pixel_loss + self.alpha * align_loss if targets else pixel_loss
         return {"loss": loss, "pixel_loss": pixel_loss, "align_loss": align_loss, **result}
 
-    def _teacher_features(self, imgs: Tensor, ids_keep: Tensor) -> list[Tensor]:
+    def _teacher_features(self, imgs: Tensor, ids_keep: Tensor | None) -> list[Tensor]:
         if self.teacher is None:
             return []
         mean, std = self.teacher.mean, self.teacher.std
@@ -239,6 +239,22 @@ class DMAE(nn.Module):
                 student.patch_size, student.norm_pix_loss, **statistics,
             )  # fmt: skip
         return loss, {"pred": head(features), "ids_pred": ids_pred} if return_pred else {}
+
+    @torch.no_grad()
+    def patch_features(self, imgs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Aligned features of whole images, nothing masked, for pictures of them.
+
+        Args:
+            imgs: as for `forward`.
+
+        Returns:
+            Per aligned pair (projected student, teacher), float32 [B, L, Dt] each: the L patches in raster order.
+        """
+        targets = self._teacher_features(imgs, None)
+        taps = self.student(imgs, taps=self.student_blocks, depth=max(self.student_blocks) + 1).taps
+        ours, theirs = self.student.num_prefix_tokens, self.teacher.num_prefix_tokens
+        heads = zip(self.aligned_feature_projection_heads, self.student_blocks, targets)
+        return [(head(taps[index][:, ours:].float()), target[:, theirs:].float()) for head, index, target in heads]
 
     def _align(self, head: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = self._same_tokens(student, teacher)

@@ -21,6 +21,8 @@ def load_classifier(
     img_size: int | tuple[int, int] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
+    new_head: bool = False,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """A classifier from timm, or one that fastkd has trained.
 
@@ -31,6 +33,8 @@ def load_classifier(
         in_chans, img_size: of a model by timm name; img_size only where the architecture depends on it.
         checkpoint: file of weights for a timm name, with a head of `num_classes`.
         pretrained: downloads timm's weights where no checkpoint is given.
+        new_head: the checkpoint has the classes of timm's own weights, and its head is left out where there are others.
+        drop_path: rate of stochastic depth of a model by timm name.
 
     Raises:
         ValueError: no such model, or a file that does not fit.
@@ -48,16 +52,18 @@ def load_classifier(
         arguments["in_chans"] = in_chans
     if img_size is not None and _takes_img_size(str(source)):
         arguments["img_size"] = img_size
-    return _timm(str(source), arguments, pretrained and checkpoint is None, checkpoint)
+    return new_timm(str(source), arguments, pretrained, checkpoint, new_head, drop_path)
 
 
 def save_classifier(model: nn.Module, path: str | Path) -> str:
     """Writes the weights, and in the metadata how to make the model again; the line of Python that timm loads it by.
 
+    Where the model has `classes`, a list of names, they go along, and `load_classifier` sets them again.
     A model that `load_classifier` did not make is saved without that: timm's own `load_checkpoint` reads the file.
     """
     name, arguments = getattr(model, TIMM, ("", {}))
-    notes = {TIMM: json.dumps({"name": name, "arguments": arguments})} if name else {}
+    described = {"name": name, "arguments": arguments, "classes": getattr(model, "classes", None)}
+    notes = {TIMM: json.dumps(described)} if name else {}
     write_safetensors(model.state_dict(), path, {}, notes)
     if not name:
         return f"safetensors.torch.load_model(model, {str(path)!r})"
@@ -65,7 +71,25 @@ def save_classifier(model: nn.Module, path: str | Path) -> str:
     return f"timm.create_model({name!r}{extra}, checkpoint_path={str(path)!r})"
 
 
-def _timm(name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | Path | None = None) -> nn.Module:
+def is_classifier(source: str | Path) -> bool:
+    """Whether a source is a file that `save_classifier` wrote, with the name of the architecture."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return TIMM in (file.metadata() or {})
+    except SafetensorError:  # damaged: what reads it says so
+        return False
+
+
+def new_timm(
+    name: str, arguments: dict[str, Any], pretrained: bool = False, checkpoint: str | Path | None = None,
+    new_head: bool = False, drop_path: float = 0.0,
+) -> nn.Module:  # fmt: skip
+    """A timm model that knows its name and `arguments`; the others, as for `load_classifier`, are not kept with it."""
     timm = _import_timm()
     if not timm.is_model(name):
         import difflib
@@ -73,9 +97,15 @@ def _timm(name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: st
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"a timm name such as {', '.join(near)}" if near else "a name that timm.list_models() has"
         raise ValueError(f"got {name!r}, expected {hint}, or a file")
-    model = timm.create_model(
-        name, pretrained=pretrained, checkpoint_path=str(checkpoint) if checkpoint else "", **arguments
-    )
+    once: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if checkpoint and new_head:
+        overlay = arguments.get("pretrained_cfg_overlay", {})
+        once |= dict(pretrained=True, pretrained_cfg_overlay={**overlay, "file": str(checkpoint)})
+    elif checkpoint:
+        once["checkpoint_path"] = str(checkpoint)
+    else:
+        once["pretrained"] = pretrained
+    model = timm.create_model(name, **{**arguments, **once})
     setattr(model, TIMM, (name, arguments))
     return model
 
@@ -110,8 +140,9 @@ def _from_file(path: Path, num_classes: int | None) -> nn.Module:
             "name, and the file as its checkpoint"
         )
     found = json.loads(notes[TIMM])
-    model = _timm(found["name"], found["arguments"], pretrained=False)
+    model = new_timm(found["name"], found["arguments"])
     load_model(model, path)
+    model.classes = found.get("classes")
     own = getattr(model, "num_classes", None)
     if num_classes is not None and own != num_classes:
         raise ValueError(f"{path}: got a classifier of {own} classes, expected {num_classes}")

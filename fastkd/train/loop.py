@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastkd.data import ImageLoader
 
-from . import checkpoint
+from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
+from .reseed import reseed
 from .resume import check_same_run, checkpoint_to_resume, restore, warn_of_damage
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
@@ -107,6 +108,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
             if config.resume == "auto":
                 checkpoint.set_aside(folder for folder, _ in found.damaged)
             run.rewind(-1 if source is None else step)
+            run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
         except OSError as error:
             raise ConfigError([problem("out", run.root, "a folder that can be written", str(error))]) from error
     group.barrier()
@@ -127,16 +129,25 @@ def _train(config: RunConfig, group: Processes) -> Result:
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
             heads=method.training_state(), scaler=train_step.scaler.state_dict(),
-            loader=loader.state_dict(), rng=torch.get_rng_state(),
+            loader=loader.state_dict(),
         )  # fmt: skip
         saved = written("the metrics", run.sync) and written(
             "the checkpoint", lambda: checkpoint.save(run.checkpoints, method.student, state, config.keep_checkpoints)
         )
-        written("the pictures", lambda: held_out.draw(run))
+        written("the pictures", draw)
         return saved
 
+    def draw() -> None:
+        held_out.draw(run)
+        run.show(step)
+
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
-    with reporter, Interrupt(group.is_main) as interrupt, contextlib.closing(iter(loader)) as batches:
+    with (
+        reporter,
+        Interrupt(group.is_main) as interrupt,
+        contextlib.closing(iter(loader)) as batches,
+        contextlib.closing(run),
+    ):
         _announce(config, method, loader, group, step, source)
         warn_of_damage(found, step)
         if source is None and group.is_main:
@@ -146,6 +157,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         while step < config.steps and not interrupt.pressed:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
+            reseed(device, config.seed, step, group.rank)
             history[filled] = train_step(batches)
             step, filled = step + 1, filled + 1
             method.after_step(step)

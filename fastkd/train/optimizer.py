@@ -28,7 +28,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(
-    model: nn.Module,
+    model: nn.Module | list[dict],
     lr: float,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.95),
@@ -39,6 +39,7 @@ def adamw(
     """AdamW over `param_groups`.
 
     Args:
+        model: what is trained; or groups of parameters, each with its own `weight_decay`.
         kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
             apex, which runs on GPUs alone.
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.
@@ -46,7 +47,8 @@ def adamw(
     Raises:
         ImportError: kind="apex" without NVIDIA's apex.
     """
-    groups = [group for group in param_groups(model, weight_decay) if group["params"]]
+    groups = model if isinstance(model, list) else param_groups(model, weight_decay)
+    groups = [dict(group) for group in groups if group["params"]]
     if kind == "apex":
         return apex_fused_adam()(groups, lr=lr, betas=betas, adam_w_mode=True, capturable=capturable)
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""The two pictures of a run: loss curves and reconstructions."""
+"""The pictures of a run: loss curves, reconstructions, and what student and teacher hold to be alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: a caller's own plotting back-end stays as it is
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from fastkd import ops
@@ -89,3 +91,41 @@ def _to_pixels(student: MaskedAutoencoderViT, patches: Tensor, affine: Tensor) -
     pictures = ops.unpatchify(patches, student.patch_size, student.grid)
     scale, shift = affine[:, :, None, None]
     return ((pictures - shift) / scale).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def feature_similarity(images: Tensor, student: Tensor, teacher: Tensor, grid: tuple[int, int], path: Path) -> None:
+    """Per image: the picture, which patches are like the marked one to teacher and student, and where both agree.
+
+    Args:
+        images: [N, H, W, C] uint8.
+        student, teacher: [N, L, D] features of the patches in raster order, the student's projected to the teacher's.
+        grid: (rows, columns) of patches, L in all.
+
+    Likeness is the cosine to the central patch after the mean over the picture is taken off (what all patches share
+    would hide the rest). Agreement is the cosine of the two features of a patch as they are: what the loss pulls to 1.
+    """
+    rows, columns = grid
+    marked = (rows // 2) * columns + columns // 2
+    likeness = []
+    for features in (teacher, student):
+        features = F.normalize(features.float() - features.float().mean(1, keepdim=True), dim=-1)
+        likeness.append((features @ features[:, marked, :, None]).squeeze(-1))
+    agreement = F.cosine_similarity(teacher.float(), student.float(), dim=-1)
+    height, width = images.shape[1:3]
+    figure = Figure(figsize=(7.4, 1.5 * len(images) * height / width + 0.4), layout="constrained")
+    axes = figure.subplots(len(images), 4, squeeze=False)
+    extent = (0, width, height, 0)
+    for row, image in enumerate(images.cpu().numpy()):
+        axes[row, 0].imshow(image, cmap="gray", vmin=0, vmax=255)
+        corner = (marked % columns) * width / columns, (marked // columns) * height / rows
+        axes[row, 0].add_patch(
+            Rectangle(corner, width / columns, height / rows, fill=False, color="red", linewidth=1.5)
+        )
+        for axis, values in zip(axes[row, 1:], (*likeness, agreement)):
+            shown = axis.imshow(values[row].view(grid).cpu().numpy(), extent=extent, vmin=-1, vmax=1, cmap="RdBu_r")
+    for axis, title in zip(axes[0], ("image", "teacher", "student", "agreement")):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.colorbar(shown, ax=axes, shrink=0.7, aspect=30, label="cosine")
+    figure.savefig(path, dpi=130)

@@ -18,8 +18,8 @@ logger = logging.getLogger("fastkd")
 _NONE = checkpoint.Found(None, ())
 # What may differ between the two halves of a run: no weight depends on it.
 _FREE = frozenset(
-    "resume out workers device cuda_graph log_every save_every save_minutes keep_checkpoints val_data val_images "
-    "val_every".split()
+    "resume out workers device cuda_graph log_every save_every save_minutes keep_checkpoints trackers val_data "
+    "val_images val_every".split()
 )
 
 
@@ -92,7 +92,7 @@ def restore(
     Raises:
         ConfigError: the checkpoint belongs to another model, is no file of fastkd, or the images changed.
     """
-    kept = ("weight_decay", "betas", "lr", "capturable")
+    kept = ("weight_decay", "betas", "lr", "lr_scale", "capturable")
     options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         state = checkpoint.load_state(source)
@@ -101,7 +101,6 @@ def restore(
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["rng"])
     except (ValueError, RuntimeError) as error:
         raise ConfigError([f"--resume: the checkpoint {source} does not fit: {error}"]) from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .trackers import Tracker
 
 logger = logging.getLogger("fastkd")
 CONFIG, FACTS = "config.yaml", "run"
@@ -31,6 +34,7 @@ class RunFolder:
         checkpoints: ``checkpoints``, a folder.
         pictures: ``pictures``, a folder.
         exported: ``exported/student_timm.safetensors``.
+        trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -38,6 +42,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.exported = self.root / "exported/student_timm.safetensors"
         self.pictures = self.root / "pictures"
+        self.trackers: list[Tracker] = []
         self._metrics = self.root / "metrics.jsonl"
         self._unwritten: list[str] = []
 
@@ -95,6 +100,8 @@ class RunFolder:
             self._append()
         except OSError as error:
             logger.error("%s cannot be written, which is tried again: %s", self._metrics, error)
+        for tracker in self.trackers:
+            tracker.add(row)
 
     def sync(self) -> None:
         """Brings all of metrics.jsonl to the disk: a checkpoint promises the lines up to its step. OSError if not."""
@@ -115,6 +122,17 @@ class RunFolder:
                 raise
         self._unwritten.clear()
 
+    def show(self, step: int) -> None:
+        """Gives the pictures as they are now to the trackers."""
+        for picture in sorted(self.pictures.glob("*.png")):
+            for tracker in self.trackers:
+                tracker.show(picture, step)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
 
 def versions() -> dict[str, str]:
     """Versions that the numbers of a run depend on."""
@@ -133,6 +151,7 @@ class Reporter:
 
     def __init__(self, log: Path, total: int, start: int, quiet: bool = False, losses: Sequence[str] = LOSSES) -> None:
         self.quiet, self._losses = quiet, losses
+        self._total, self._last = total, (0, 0.0)  # step and seconds of the report before
         self._console = Console(stderr=True, quiet=quiet)
         self._handlers: list[logging.Handler] = []
         if not quiet:
@@ -170,7 +189,10 @@ class Reporter:
         losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4g}" for name in self._losses)
         status = f"{losses}, {row['images_per_second']:.4g} img/s, data_wait {row['data_wait']:.0%}"
         self._bar.update(self._task, status=status)
-        record = f"step {row['step']} epoch {row['epoch']:.3g}: {status}, lr {row['lr']:.3g}"
+        (step, seconds), self._last = self._last, (row["step"], row["seconds"])
+        left = (self._total - row["step"]) * (row["seconds"] - seconds) / max(1, row["step"] - step)
+        eta = datetime.timedelta(seconds=round(left))
+        record = f"step {row['step']} epoch {row['epoch']:.3g}: {status}, lr {row['lr']:.3g}, ETA {eta}"
         if self._bar.disable:
             logger.info(record)
         else:  # the bar already shows it

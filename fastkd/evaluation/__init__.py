@@ -1,0 +1,1 @@
+"""How good features are: nearest neighbours and linear probes on frozen features. ``fastkd eval`` is its command."""
