@@ -172,7 +172,7 @@ def _candidates(source: Path) -> list[Path]:
     if source.is_symlink():
         source = source.resolve()
     if source.is_file():
-        return [source.parent] if source.name in (STUDENT, STATE, SUMS) else []
+        return [source.parent.resolve()] if source.name in (STUDENT, STATE, SUMS) else []
     root = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     if not root.is_dir():
         return []

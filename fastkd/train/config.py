@@ -53,7 +53,7 @@ class RunConfig(abc.ABC):
         "Length and learning rate": "epochs steps warmup_epochs batch_size accumulate blr lr min_lr",
         "Optimiser": "optimizer weight_decay betas",
         "Held-out images": "val_data val_images val_every",
-        "Saving and resuming": "resume save_minutes save_every log_every trackers",
+        "Saving and resuming": "resume save_minutes save_every keep_checkpoints log_every trackers",
         "Machine": "device amp cuda_graph seed",
     }
 
