@@ -15,6 +15,7 @@ import tyro
 from fastkd.help import show
 from fastkd.options import RECIPES, parse, read_config, recipe_names, split_config
 from fastkd.train.config import ConfigError, PretrainConfig, RunConfig, problem
+from fastkd.train.launch import launch
 from fastkd.train.recipes import METHODS, config_of
 
 WRONG_ARGUMENTS = 2
@@ -40,9 +41,12 @@ class Pack:
     """Decode the images of a folder once and keep their pixels: training then reads them without decoding."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of images, at any depth; the first folder level is the class."""
-    out: tyro.conf.Positional[Path]
+    """Folder of images, at any depth, the first folder level being the class; or .tar archives; with --verify a packed
+    folder."""
+    out: tyro.conf.Positional[Path | None] = None
     """Folder to write; --data of fastkd distill takes it. The same command goes on where it was stopped."""
+    verify: bool = False
+    """Only check a packed folder against its checksums, and name the images that are damaged."""
     short_side: int = 256
     """Shrink images until their shorter side has so many pixels; smaller ones stay as they are."""
     channels: Literal[1, 3] = 3
@@ -68,15 +72,23 @@ def distill(arguments: list[str]) -> int:
         listing = "\n".join(f"  {known:10} {line}" for known, (_, line) in METHODS.items())
         return _say(f"fastkd distill: --method: got {name!r}, expected one of\n{listing}", WRONG_ARGUMENTS)
     command = "distill" if name == "dmae" else f"distill --method {name}"
-    return _train("distill", _parse(config_of(name), command, arguments))
+    return _train("distill", config_of(name), command, arguments)
 
 
 def pretrain(arguments: list[str]) -> int:
     """Train a masked autoencoder without a teacher; it can become one."""
-    return _train("pretrain", _parse(PretrainConfig, "pretrain", arguments))
+    return _train("pretrain", PretrainConfig, "pretrain", arguments)
 
 
-def _train(command: str, config: RunConfig) -> int:
+def _train(command: str, target: type[RunConfig], usage: str, arguments: list[str]) -> int:
+    try:
+        config = _parse(target, usage, arguments)
+    except ConfigError as error:
+        if launch().world_size > 1:  # the others may have no mistake to report, and wait for this process
+            from fastkd.train.distributed import fail_together
+
+            fail_together(error.problems)
+        raise
     from fastkd.data import UnreadableError
     from fastkd.train.loop import TrainingError
     from fastkd.train.loop import distill as run
@@ -257,5 +269,6 @@ def _usage(command: str, listing: str) -> int:
 
 
 def _say(text: str, code: int, file=None) -> int:
-    print(text, file=file or sys.stderr)
+    if text:
+        print(text, file=file or sys.stderr)
     return code

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from test_train import at_step, python
+from test_train import at_step
 from torch import nn
 
 from fastkd import nn as criteria
@@ -186,19 +186,6 @@ def test_config_errors(options, tmp_path, changes, message):
         }  # noqa: E501
     with pytest.raises(ConfigError, match=message):
         distill(KDConfig(**{"teacher": "none", "out": tmp_path / "run", **options, **changes}))
-
-
-def test_two_processes_on_the_command_line_equal_one_with_the_double_batch(options, tmp_path):
-    options |= dict(student="test_vit", teacher="none", steps=3, log_every=1)
-    distill(KDConfig(out=tmp_path / "one", **options))
-    command = [f"--{name.replace('_', '-')}" for name in options]
-    values = [value if isinstance(value, tuple) else (value,) for value in {**options, "batch_size": 2}.values()]
-    arguments = [text for name, value in zip(command, values) for text in (name, *value)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = python(*torchrun, "-m", "fastkd", "distill", "--method", "kd", "--out", tmp_path / "two", *arguments)
-    assert run.returncode == 0, run.stderr[-3000:]
-    one, two = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 def test_images_without_classes_are_refused(options, tmp_path):

@@ -90,8 +90,8 @@ def test_packing_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="packing is not finished; repeat the same fastkd pack command"):
         open_images(tmp_path / "out")
     decoded = []
-    monkeypatch.setitem(pack.__globals__, "_decode", lambda task, decode=pack.__globals__["_decode"]: (
-        decoded.append(task), decode(task))[1])  # fmt: skip
+    monkeypatch.setitem(pack.__globals__, "shrink", lambda *task, shrink=pack.__globals__["shrink"]: (
+        decoded.append(task), shrink(*task))[1])  # fmt: skip
     assert pack(pictures, tmp_path / "out", **small).resumed == 2 and len(decoded) == 8
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -341,7 +341,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_built(tmp_pa
 
 def test_a_second_signal_stops_at_once():
     for number, expected in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
-        with Interrupt(True) as interrupt:
+        with Interrupt() as interrupt:
             signal.raise_signal(number)
             assert interrupt.pressed == number
             with pytest.raises(expected) as end:

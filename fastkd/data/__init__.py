@@ -1,12 +1,13 @@
-"""Image folders and packed images: listing, decoding, augmentation, and a loader that resumes to the same batches."""
+"""Images in folders, in archives or packed: reading, augmentation, and loaders that resume to the same batches."""
 
-from .batch import Batch
+from .batch import Batch, Loader
 from .folder import IMAGE_SUFFIXES, ImageFolder
 from .loader import ImageLoader, UnreadableError, open_images
 from .pack import pack
 from .packed import PackedImages
 from .paired import PairedLoader
 from .source import ImageFiles, ImageSource
+from .tars import TarImages
 from .transforms import center_crop, load_images, open_image, random_resized_crop
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "ImageFolder",
     "ImageLoader",
     "ImageSource",
+    "Loader",
     "PackedImages",
     "PairedLoader",
+    "TarImages",
     "UnreadableError",
     "center_crop",
     "load_images",

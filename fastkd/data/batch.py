@@ -1,11 +1,14 @@
-"""What every loader hands out."""
+"""What every loader hands out and promises."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .source import ImageSource
 
 
 class Batch(NamedTuple):
@@ -36,3 +39,38 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The batch with images, keys and labels on a device; the copy does not block."""
         return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """An endless iterator of batches that training can trust; `tests/test_loaders.py` holds every loader to it.
+
+    Batches depend on the images, the seed and the position alone: not on the number of workers, nor on how often the
+    run was resumed. Processes that share a global batch hand out disjoint parts of the one that a single process would
+    see. A file that cannot be read is named in `Batch.failures`, counted, and replaced by another image, the same one
+    each time.
+
+    Attributes:
+        folder: where the images come from.
+        global_batch: views per batch of all processes.
+        batches_per_epoch: whole global batches in an epoch.
+        epoch: epochs consumed so far, as a fraction.
+        skipped: unreadable files met and replaced so far by this process.
+        wait_seconds: time that this process has waited for batches.
+    """
+
+    folder: ImageSource
+    global_batch: int
+    batches_per_epoch: int
+    epoch: float
+    skipped: int
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on after the last batch that was consumed; several iterators at once are not meant."""
+
+    def state_dict(self) -> dict:
+        """The position, as plain numbers and strings; batches that were only read ahead do not count."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state` was taken. ValueError where the batches would not be the same ones."""

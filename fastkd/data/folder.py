@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .reading import read_file
-from .source import ImageFiles
+from .source import ImageFiles, by_folder
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .tga".split()
@@ -39,16 +40,13 @@ class ImageFolder(ImageFiles):
             raise FileNotFoundError(f"image folder {str(root)!r}: no such folder; check the path")
         if not self.root.is_dir():
             raise ValueError(f"image folder {str(root)!r}: got a file, expected a folder of images")
-        self.paths = sorted(_walk(str(self.root)))
+        self.paths = sorted(walk(self.root))
         if not self.paths:
             names = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
             raise ValueError(
                 f"image folder {str(root)!r}: got no image, expected files at any depth with one of the endings {names}"
             )
-        owners = [path.split("/", 1)[0] if "/" in path else "" for path in self.paths]
-        self.classes = sorted(set(owners) - {""})
-        index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
-        self.labels = [index[owner] for owner in owners]
+        self.classes, self.labels = by_folder(self.paths)
 
     def path(self, index: int) -> str:
         """Full path of an image."""
@@ -57,8 +55,19 @@ class ImageFolder(ImageFiles):
     def read(self, index: int) -> bytes:
         return read_file(self.path(index))
 
+    def stamps(self):
+        for index in range(len(self)):
+            try:
+                status = os.stat(self.path(index))
+            except OSError:  # a broken link: reading will say so
+                yield None
+            else:
+                yield status.st_size, status.st_mtime_ns
 
-def _walk(root: str):
+
+def walk(root: Path, endings: Iterable[str] = IMAGE_SUFFIXES) -> Iterator[str]:
+    """Paths relative to a folder of the files below it with one of these endings, in no order; hidden ones left out."""
+    root, endings = str(root), tuple(endings)
     seen: set[tuple[int, int]] = set()  # real folders already visited: a link may point back up
     for folder, names, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -68,5 +77,5 @@ def _walk(root: str):
         seen.add((status.st_dev, status.st_ino))
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            if not name.startswith(".") and name.lower().endswith(endings):
                 yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")

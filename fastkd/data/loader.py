@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from .folder import ImageFolder
 from .packed import PackedImages, is_packed
 from .prefetch import on_device
 from .source import ImageSource
+from .tars import TarImages, holds_archives, is_archive
 from .views import ATTEMPTS, FileViews
 
 logger = logging.getLogger("fastkd")
@@ -38,9 +40,16 @@ class UnreadableError(RuntimeError):
     """Image after image cannot be read."""
 
 
-def open_images(folder: str | os.PathLike) -> ImageFolder | PackedImages:
-    """The images of a folder: packed pixels where ``fastkd pack`` wrote it, else its image files."""
-    return PackedImages(folder) if is_packed(folder) else ImageFolder(folder)
+def open_images(place: str | os.PathLike) -> ImageSource:
+    """What images there are.
+
+    Args:
+        place: a folder that ``fastkd pack`` wrote, a .tar archive, a folder of image files, or one of .tar archives.
+    """
+    path = Path(place).expanduser()
+    if is_packed(path):
+        return PackedImages(path)
+    return TarImages(path) if is_archive(path) or (path.is_dir() and holds_archives(path)) else ImageFolder(path)
 
 
 def draw(seed: int, masks: int, place: tuple[int, int, int]) -> tuple[np.random.Generator, np.ndarray]:
@@ -64,7 +73,7 @@ class ImageLoader:
     they are; but a pass then lasts K epochs, and only ``1 / K`` of the images are decoded per epoch.
 
     Args:
-        folder: `ImageFolder`, `PackedImages` or the path of one.
+        folder: `ImageFolder`, `TarImages`, `PackedImages`, or what `open_images` takes.
         size: (height, width) of the images.
         batch_size: views per batch and process, a multiple of `masks_per_image`.
         channels: 3 (RGB) or 1 (grey).
@@ -127,11 +136,11 @@ class ImageLoader:
             self._views = FileViews(folder, size, channels, drawn, augmentation, transform)
         self._options = dict(
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
             generator=torch.Generator(),  # leaves the global generator alone
         )
         self._position = 0  # batches handed out since the very first
@@ -233,11 +242,11 @@ class ImageLoader:
         self._position, self.skipped = state["position"], state["skipped"]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     # Ctrl-C and a scheduler's signals reach all processes: the main one decides, workers go on serving its last step.
     # They end with it: by its word, or when they see that it is gone. Should it wait for them without a word, as an
     # interpreter does that exits with an iterator alive, SIGTERM ends them after all, late.

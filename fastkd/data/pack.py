@@ -1,25 +1,28 @@
 """Writes a packed folder (see `fastkd.data.packed`): every image is decoded once, in parallel, shard by shard.
 
-A shard is complete when its .json exists; files get their names when they are whole. So a run that was stopped goes
-on with the first shard that is missing, and never leaves a half-written one behind that could be read.
+A shard is complete when its .json exists; files get their names when they are whole. So a run that was stopped, by
+whatever means, goes on with the first shard that is missing, and never leaves a half-written one that could be read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
-import signal
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
-from .folder import ImageFolder
+from .loader import UnreadableError, as_it_is, ignore_interrupt, open_images
 from .packed import COLUMNS, FORMAT, HEADER, PLAN, VERSION
+from .reading import printable
+from .source import ImageFiles, ImageSource
 from .transforms import shrink
 
 TYPICAL_RATIO = 4 / 3  # long side over short side of a usual photo: decides how many images make a shard
@@ -43,7 +46,7 @@ class Packed:
 
 
 def pack(
-    folder: ImageFolder | str | os.PathLike,
+    folder: ImageFiles | str | os.PathLike,
     out: str | os.PathLike,
     *,
     short_side: int = 256,
@@ -52,10 +55,10 @@ def pack(
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, failed: None,
 ) -> Packed:
-    """Decodes the images of a folder and writes them to `out`; goes on where an earlier call was stopped.
+    """Decodes the images of a folder or of archives and writes them to `out`; goes on where an earlier call stopped.
 
     Args:
-        folder: `ImageFolder` or path.
+        folder: `ImageFolder`, `TarImages` or the path of one.
         out: folder to write.
         short_side: images are shrunk (bicubic, antialiased) until their shorter side has that many pixels; smaller ones
             stay as they are.
@@ -65,81 +68,104 @@ def pack(
         progress: called with the number of images done and of those that could not be read.
 
     Raises:
-        ValueError: wrong arguments, or `out` holds something else.
+        ValueError: wrong arguments; `out` holds something else, or was begun from other images or with other settings.
+        UnreadableError: no image can be read.
+        OSError: `out` cannot be written. The same call goes on once it can.
+        RuntimeError: a decoding process was killed, as for lack of memory. The same call goes on.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: got {channels}, expected 3 (RGB) or 1 (grey)")
     for name, value in (("short_side", short_side), ("shard_mb", shard_mb)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    folder = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+    folder = folder if isinstance(folder, ImageSource) else open_images(folder)
+    if not isinstance(folder, ImageFiles):
+        raise ValueError(f"folder: got {folder.root}, packed already, expected image files or archives")
     out = Path(out).expanduser()
     per_shard = max(1, int(shard_mb * 1e6 / (short_side**2 * TYPICAL_RATIO * channels)))
-    names = hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16]
-    plan = dict(short_side=short_side, channels=channels, images_per_shard=per_shard, images=len(folder), names=names)
-    _begin(out, plan)
-    shards = [range(start, min(start + per_shard, len(folder))) for start in range(0, len(folder), per_shard)]
-    resumed, done, failures = 0, 0, []
-    with _Decoders(workers, short_side, channels) as decode:
-        for number, members in enumerate(shards):
-            index = out / f"{number:05}.json"
-            if index.exists():
-                failed, resumed = json.loads(index.read_text())["failures"], resumed + 1
-            else:
-                before, lost = done, len(failures)
-                failed = _write_shard(
-                    index, folder, members, decode, lambda n, f, b=before, k=lost: progress(b + n, k + f)
-                )
-            failures += [tuple(failure) for failure in failed]
-            done += len(members)
-            progress(done, len(failures))
+    stamps = hashlib.sha256()
+    for stamp in folder.stamps():
+        stamps.update(repr(stamp).encode())
+    settings = dict(short_side=short_side, channels=channels, images_per_shard=per_shard)
+    source = dict(images=len(folder), names=folder.fingerprint(), stamps=stamps.hexdigest()[:16])
+    _begin(out, settings, source)
+
+    starts = range(0, len(folder), per_shard)
+    shards = {out / f"{n:05}.json": range(start, min(start + per_shard, len(folder))) for n, start in enumerate(starts)}
+    missing = [member for index, members in shards.items() if not index.exists() for member in members]
+    decoded = _decode(folder, missing, workers, short_side, channels)
+    resumed, done, failures, checksums = 0, 0, [], []
+
+    def tell(here: int, failed: int) -> None:
+        progress(done + here, len(failures) + failed)
+
+    for index, members in shards.items():
+        if index.exists():
+            resumed += 1
+        else:
+            _write_shard(index, folder, members, decoded, tell)
+        content = index.read_bytes()
+        checksums.append(zlib.crc32(content))
+        failures += [tuple(failure) for failure in json.loads(content)["failures"]]
+        done += len(members)
+        tell(0, 0)
+    if len(failures) == len(folder):
+        raise UnreadableError(
+            f"{folder.root}: no image can be read, {': '.join(failures[0])}; is this the right folder?"
+        )
     header = dict(
-        format=FORMAT, version=VERSION, channels=channels, short_side=short_side, classes=folder.classes,
-        shards=[f"{number:05}" for number in range(len(shards))], images=len(folder) - len(failures),
+        format=FORMAT, version=VERSION, channels=channels, short_side=short_side, classes=list(folder.classes),
+        shards=[index.stem for index in shards], index_crc32=checksums, images=len(folder) - len(failures),
         failures=len(failures),
     )  # fmt: skip
     _write(out / HEADER, json.dumps(header, indent=1).encode())
     return Packed(out, header["images"], tuple(failures), resumed)
 
 
-def _begin(out: Path, plan: dict) -> None:
+def _begin(out: Path, settings: dict, source: dict) -> None:
+    """Writes down what is packed and how, or checks that it is what was begun."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / PLAN).exists():
-        before = json.loads((out / PLAN).read_text())
-        changed = [
-            f"{key}: got {plan[key]}, expected {before.get(key)}" for key in plan if plan[key] != before.get(key)
-        ]
-        if changed:
-            raise ValueError(f"{out}: was begun with other settings ({'; '.join(changed)}); choose another folder")
-    elif any(out.iterdir()):
-        raise ValueError(f"{out}: got a folder with other files, expected an empty or new one")
-    else:
-        _write(out / PLAN, json.dumps(plan).encode())
+    plan = out / PLAN
+    if not plan.exists():
+        if any(path.name != f"{PLAN}.part" for path in out.iterdir()):
+            raise ValueError(f"{out}: got a folder with other files, expected an empty or new one")
+        _write(plan, json.dumps(settings | source).encode())
+        return
+    before = json.loads(plan.read_text())
+    changed = [
+        f"{key}: got {settings[key]}, expected {before[key]}" for key in settings if settings[key] != before[key]
+    ]
+    if changed:
+        raise ValueError(f"{out}: was begun with other settings ({'; '.join(changed)}); choose another folder")
+    if any(source[key] != before.get(key, source[key]) for key in source):
+        now, then = source["images"], before["images"]
+        what = f"{now} images, expected {then}" if now != then else "other files, or files that were written since"
+        raise ValueError(
+            f"{out}: was begun from other images: got {what}; choose another folder, or delete this one to pack afresh"
+        )
 
 
-def _write_shard(index: Path, folder: ImageFolder, members: range, decode, progress) -> list[tuple[str, str]]:
-    """Writes the pixels and then the index of one shard; returns its failures."""
+def _write_shard(index: Path, folder: ImageFiles, members: range, decoded: Iterator, progress) -> None:
+    """Writes the pixels and then the index of one shard; takes its images from `decoded`."""
     columns: dict[str, list] = {name: [] for name in COLUMNS}
     failures, end = [], 0
     pixels = index.with_suffix(".pixels")
     unfinished = pixels.with_suffix(".pixels.part")
     with open(unfinished, "wb") as file:
-        for done, (member, found) in enumerate(zip(members, decode([folder.path(m) for m in members])), 1):
+        for done, (member, found) in enumerate(zip(members, itertools.islice(decoded, len(members))), 1):
             if isinstance(found, str):
-                failures.append((folder.paths[member], found))
+                failures.append((printable(folder.paths[member]), printable(found)))
             else:
                 image, crc = found
                 file.write(image)
-                row = (folder.paths[member], folder.labels[member], end, *image.shape[:2], crc)
+                row = (folder.paths[member], int(folder.labels[member]), end, *image.shape[:2], crc)
                 for column, value in zip(columns.values(), row):
                     column.append(value)
                 end += image.nbytes
             progress(done, len(failures))
-        file.flush()
-        os.fsync(file.fileno())
+        _settle(file)
     os.replace(unfinished, pixels)
     _write(index, json.dumps(columns | dict(failures=failures)).encode())
-    return failures
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -147,39 +173,44 @@ def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     with open(unfinished, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        _settle(file)
     os.replace(unfinished, path)
 
 
-class _Decoders:
-    """Decodes files in order, in processes of its own or (workers=0) in this one."""
-
-    def __init__(self, workers: int, short_side: int, channels: int) -> None:
-        self.options = short_side, channels
-        self.pool = multiprocessing.Pool(workers, _ignore_interrupt) if workers else None
-
-    def __enter__(self) -> Callable[[list[str]], Iterable]:
-        return self._decode_all
-
-    def _decode_all(self, paths: list[str]) -> Iterable:
-        tasks = [(path, *self.options) for path in paths]
-        return self.pool.imap(_decode, tasks, chunksize=4) if self.pool else map(_decode, tasks)
-
-    def __exit__(self, *error) -> None:
-        if self.pool:
-            self.pool.terminate()
-            self.pool.join()
+def _settle(file) -> None:
+    """Everything on the disk, before the file gets its name."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _decode(task: tuple[str, int, int]) -> tuple[np.ndarray, int] | str:
-    """(image, checksum), or why it cannot be read."""
-    try:
-        image = np.ascontiguousarray(shrink(*task))
-        return image, zlib.crc32(image)
-    except Exception as error:  # Pillow's decoders raise many types on broken files
-        return f"{type(error).__name__}: {error}"
+def _decode(folder: ImageFiles, members: list[int], workers: int, short_side: int, channels: int) -> Iterator:
+    """In order: a shrunk image, uint8 [height, width, channels], and its checksum, or why it cannot be read.
+
+    By torch's loader, whose workers end with this process however it ends, and are missed when one is killed.
+    """
+    if not members:
+        return iter(())
+    return iter(
+        DataLoader(
+            _Shrunk(folder, short_side, channels),
+            sampler=members,
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            worker_init_fn=ignore_interrupt,
+            generator=torch.Generator(),
+        )  # fmt: skip
+    )
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides, and ends its workers
+class _Shrunk(torch.utils.data.Dataset):
+    def __init__(self, folder: ImageFiles, short_side: int, channels: int) -> None:
+        self.folder, self.options = folder, (short_side, channels)
+
+    def __getitem__(self, member: int) -> tuple[np.ndarray, int] | str:
+        try:
+            image = np.ascontiguousarray(shrink(self.folder.read(member), *self.options))
+            return image, zlib.crc32(image)
+        except Exception as error:  # Pillow's decoders raise many types on broken files
+            return f"{type(error).__name__}: {error}"

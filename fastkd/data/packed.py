@@ -3,7 +3,8 @@
 A packed folder holds
 
     packed.json        {"format": "fastkd-packed", "version": 1, "channels": 3, "short_side": 256, "classes": [...],
-                        "shards": ["00000", ...], "images": 50000, "failures": 0}; written last: it says "complete"
+                        "shards": ["00000", ...], "index_crc32": [... of each .json], "images": 50000, "failures": 0};
+                       written last: it says "complete"
     00000.pixels       the images of a shard one behind the other, each uint8 [height, width, channels], no header
     00000.json         columns of equal length, one entry per image: "name", "label" (-1: no class), "offset" (byte at
                        which it begins), "height", "width", "crc32" (of its bytes); and "failures" [[name, reason], ...]
@@ -12,6 +13,7 @@ A packed folder holds
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
@@ -25,6 +27,7 @@ from .transforms import center_box
 
 FORMAT, VERSION = "fastkd-packed", 1
 HEADER, PLAN = "packed.json", "plan.json"
+AGAIN = "repeat the same fastkd pack command"
 COLUMNS = ("name", "label", "offset", "height", "width", "crc32")
 
 
@@ -51,9 +54,7 @@ class PackedImages(ImageSource):
         self.root = Path(root).expanduser()
         if not (self.root / HEADER).exists():
             if (self.root / PLAN).exists():
-                raise ValueError(
-                    f"packed images {str(root)!r}: packing is not finished; repeat the same fastkd pack command"
-                )
+                raise ValueError(f"packed images {str(root)!r}: packing is not finished; {AGAIN}")
             raise FileNotFoundError(f"packed images {str(root)!r}: no {HEADER} there; make it with fastkd pack")
         header = json.loads((self.root / HEADER).read_text())
         if (header["format"], header["version"]) != (FORMAT, VERSION):
@@ -64,7 +65,8 @@ class PackedImages(ImageSource):
             )
         self.channels, self.classes = header["channels"], header["classes"]
         self._shards = [self.root / f"{name}.pixels" for name in header["shards"]]
-        parts = [json.loads((self.root / f"{name}.json").read_text()) for name in header["shards"]]
+        checksums = header.get("index_crc32", itertools.repeat(None))  # missing in early folders
+        parts = [self._part(name, crc) for name, crc in zip(header["shards"], checksums)]
         name, label, offset, height, width, crc = ([v for part in parts for v in part[key]] for key in COLUMNS)
         self.paths, self.labels = name, label
         self.sizes = np.stack([np.array(height, np.int64), np.array(width, np.int64)], 1).reshape(-1, 2)
@@ -77,7 +79,18 @@ class PackedImages(ImageSource):
         for shard, path in enumerate(self._shards):
             here, need = path.stat().st_size, int(ends[self._shard == shard].max(initial=0))
             if here < need:
-                raise ValueError(f"{path}: got {here} bytes, expected {need}; delete it with its .json and pack again")
+                raise ValueError(f"{path}: got {here} bytes, expected {need}; delete it with its .json and {AGAIN}")
+
+    def _part(self, name: str, crc: int | None) -> dict:
+        """The index of a shard."""
+        path = self.root / f"{name}.json"
+        for file in (path, path.with_suffix(".pixels")):
+            if not file.exists():
+                raise FileNotFoundError(f"{file}: missing; delete {path.name} where it is there, and {AGAIN}")
+        content = path.read_bytes()
+        if crc is not None and zlib.crc32(content) != crc:
+            raise ValueError(f"{path}: damaged, its checksum differs; delete it and {AGAIN}")
+        return json.loads(content)
 
     def path(self, index: int) -> str:
         return f"{self._shards[self._shard[index]]}:{self.paths[index]}"

@@ -54,6 +54,11 @@ def check_length(length: int) -> None:
         raise OSError(f"the file has {length} bytes, more than the {MAX_BYTES} that are read")
 
 
+def printable(name: str) -> str:
+    """A name for messages: bytes that are no UTF-8 show as question marks."""
+    return name.encode(errors="replace").decode()
+
+
 @contextlib.contextmanager
 def opened(picture: Picture) -> Iterator[Image.Image]:
     """A picture of which only the header was read.

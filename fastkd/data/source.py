@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,20 @@ class ImageFiles(ImageSource):
     def read(self, index: int) -> bytes:
         """The content of an image file. OSError where it cannot be read."""
 
+    @abc.abstractmethod
+    def stamps(self) -> Iterator[tuple[int, ...] | None]:
+        """For each picture what changes when its content does: sizes and times; reads no content."""
+
     def picture(self, index: int, channels: int = 3) -> Image.Image:
         return open_image(self.read(index), channels)
 
     def center_crop(self, index: int, size: tuple[int, int], channels: int = 3) -> np.ndarray:
         return center_crop(self.read(index), size, channels=channels)
+
+
+def by_folder(paths: Sequence[str]) -> tuple[list[str], list[int]]:
+    """(classes, label of each path): the class is the first folder of a path; -1 where there is none."""
+    owners = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
+    classes = sorted(set(owners) - {""})
+    index = {name: place for place, name in enumerate(classes)} | {"": -1}
+    return classes, [index[owner] for owner in owners]

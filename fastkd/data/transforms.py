@@ -66,7 +66,7 @@ def random_box(
 
 
 def open_image(picture: Picture, channels: int = 3) -> Image.Image:
-    """The whole picture upright, RGB (channels=3) or grey (1), transparency on white."""
+    """The whole `picture` upright, RGB (channels=3) or grey (1), transparency on white."""
     with opened(picture) as image:
         return upright(image, channels)
 
@@ -81,9 +81,19 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
 ) -> np.ndarray:
-    """Training view: random resized crop and horizontal flip, uint8 [height, width, channels].
+    """Training view: random resized crop and horizontal flip.
 
-    `picture` is the path of a file or its bytes.
+    Args:
+        picture: path of a file, or its bytes.
+        size: (height, width) of the view.
+        random: draws box and flip.
+        channels: 3 (RGB) or 1 (grey).
+        scale: share of the picture's area that the crop covers, smallest and largest.
+        ratio: of its width to its height, smallest and largest.
+        flip: probability.
+
+    Returns:
+        uint8 [height, width, channels].
     """
     with opened(picture) as image:
         view = _crop(image, lambda full: random_box(random, full, scale, ratio), size, channels)
@@ -102,7 +112,8 @@ def center_box(full: Size, size: Size, share: float = 0.875) -> Box:
 def center_crop(picture: Picture, size: Size, *, channels: int = 3, share: float = 0.875) -> np.ndarray:
     """Evaluation view: the central box of the wanted shape that covers `share` of the shorter fit, resized.
 
-    With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre".
+    With share=0.875 and a square size this is the usual "resize to size / 0.875, crop the centre". Arguments otherwise
+    as in `random_resized_crop`; uint8 [height, width, channels].
     """
     with opened(picture) as image:
         return _crop(image, lambda full: center_box(full, size, share), size, channels).reshape(*size, channels)
@@ -120,6 +131,6 @@ def shrink(picture: Picture, short_side: int, channels: int = 3) -> np.ndarray:
 def load_images(
     pictures: Iterable[Picture], size: int | Size, *, channels: int = 3, share: float = 0.875
 ) -> torch.Tensor:
-    """Evaluation views of image files as one uint8 tensor [N, height, width, channels]."""
+    """The `center_crop` of each of some pictures as one uint8 tensor [N, height, width, channels]."""
     size = (size, size) if isinstance(size, int) else size
     return torch.from_numpy(np.stack([center_crop(each, size, channels=channels, share=share) for each in pictures]))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .batch import Batch
+from .reading import printable
 from .source import ImageSource
 from .transforms import random_resized_crop
 
@@ -46,7 +47,7 @@ class FileViews(torch.utils.data.Dataset):
                     return random_resized_crop(data, self.size, random, channels=self.channels, **options), index
                 image = self.folder.picture(index, self.channels)
             except Exception as error:  # Pillow's decoders raise many types on broken files
-                failures.append((self.folder.path(index), f"{type(error).__name__}: {error}"))
+                failures.append((printable(self.folder.path(index)), f"{type(error).__name__}: {error}"))
                 index = int(random.integers(len(self.folder)))
             else:
                 return self._transformed(image, random, self.folder.path(index)), index

@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         for name, folder in folders.items():
             crops = CenterCrops(
                 folder, encoder.img_size, config.batch_size, channels=encoder.in_chans, pin=cuda,
-                workers=choose_workers(config.workers, cuda, 1),
+                workers=choose_workers(config.workers, cuda),
             )  # fmt: skip
             labels = torch.tensor([classes.index(folder.classes[label]) for label in folder.labels])
             task = bar.add_task(f"features of --{name.replace('_', '-')}", total=len(crops))

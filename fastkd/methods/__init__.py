@@ -1,5 +1,6 @@
 """Distillation methods, one file each."""
 
+from ._method import Method
 from .dmae import DMAE
 from .kd import KD
 from .maskalign import MaskAlign
@@ -17,6 +18,7 @@ __all__ = [
     "KD",
     "MaskAlign",
     "MaskedImageConsistency",
+    "Method",
     "NKD",
     "PromptKD",
     "PromptStudent",

@@ -187,7 +187,7 @@ class DMAE(nn.Module):
         """
         batch, device = imgs.shape[0], imgs.device
         masking = ops.random_masking(batch, self.student.num_patches, mask_ratio, noise=noise, keys=keys, device=device)
-        beside = None if self.teacher is None else _side_stream(device)
+        beside = None if self.teacher is None or self.teacher.sharded else _side_stream(device)
         with _forked(beside), record_function("fastkd.teacher"):
             targets = self._teacher_features(imgs, masking.ids_keep)
         with record_function("fastkd.student"):

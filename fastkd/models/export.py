@@ -54,7 +54,13 @@ def timm_arguments(model: VisionTransformer, global_pool: str | None = None) -> 
 
 
 def to_timm(model: VisionTransformer, global_pool: str | None = None) -> nn.Module:
-    """The encoder as a `timm.models.VisionTransformer` with equal features, loaded strictly; see `timm_arguments`."""
+    """The encoder as a `timm.models.VisionTransformer` with equal features, its weights loaded strictly.
+
+    Args:
+        model: encoder or masked autoencoder.
+        global_pool: what timm's forward returns: ``"avg"`` of the patch tokens (default), ``"token"`` (CLS) or ``""``
+            (all tokens); after the final norm.
+    """
     check_vit("to_timm", model)
     timm = _package("timm", "to_timm")
     name, arguments = timm_arguments(model, global_pool)
@@ -86,7 +92,7 @@ def export_timm(model: VisionTransformer, path: str | Path, global_pool: str | N
     Args:
         model: encoder or masked autoencoder.
         path: file to write; it appears complete or not at all.
-        global_pool: as in `timm_arguments`.
+        global_pool: as in `to_timm`.
 
     Returns:
         The Python expression that loads the file with timm; the file's metadata has it too, under ``"timm"``. It

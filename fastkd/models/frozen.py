@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .pixels import normalize, renormalize, statistics_of
-from .taps import Tapped, Taps, Where
+from .sharding import shard
+from .taps import Tapped, Taps, Where, blocks_of
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
 
 
 class Frozen(nn.Module):
@@ -53,6 +58,10 @@ class Frozen(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> Frozen:
         self.model._apply(fn, recurse)
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spreads the weights over the processes of a mesh, see `fastkd.models.sharding`."""
+        shard(self.model, blocks_of(self.model), mesh)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -148,7 +148,13 @@ class MaskedAutoencoderViT(VisionTransformer):
 def mae_vit(
     size: str, patch_size: int | tuple[int, int] = 16, img_size: int | tuple[int, int] = 224, **overrides
 ) -> MaskedAutoencoderViT:
-    """Masked autoencoder of a standard size: tiny, small, base, large or huge; overrides are constructor arguments."""
+    """A new masked autoencoder of a standard size.
+
+    Args:
+        size: ``"tiny"``, ``"small"``, ``"base"``, ``"large"`` or ``"huge"``.
+        patch_size, img_size: side, or (height, width), in pixels.
+        **overrides: arguments of `MaskedAutoencoderViT`, such as ``decoder_depth=4``.
+    """
     if size not in SIZES:
         raise ValueError(f"mae_vit: size: got {size!r}, expected one of {', '.join(SIZES)}")
     embed_dim, depth, num_heads = SIZES[size]

@@ -49,9 +49,14 @@ def encoder(model: VisionTransformer, depth: int | None = None) -> VisionTransfo
 
 
 def save(model: VisionTransformer, path: str | Path) -> Path:
-    """Writes a model as `.safetensors` with its configuration in the metadata; `load_vit` reads it back.
+    """Writes a model with its configuration; `load_vit` reads it back.
 
-    The file appears complete or not at all (written beside its place, then renamed).
+    Args:
+        model: encoder or masked autoencoder.
+        path: file to write, ``.safetensors``. It appears complete or not at all (written aside, then renamed).
+
+    Returns:
+        The path.
     """
     check_vit("save", model)
     return write_safetensors(model.state_dict(), path, describe(model))

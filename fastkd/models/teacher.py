@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from .checkpoints import load_vit
 from .quantized import quantize_vit
 from .saving import encoder
+from .sharding import shard
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
 
 
 class Teacher(nn.Module):
@@ -35,6 +40,7 @@ class Teacher(nn.Module):
         vit: the truncated `VisionTransformer`.
         blocks: the tapped indices, in the given order.
         precision: as given.
+        sharded: whether each process holds a part of it.
     """
 
     def __init__(
@@ -66,10 +72,15 @@ class Teacher(nn.Module):
                         f"Teacher: {name}: got {len(values)} values, expected {vit.in_chans}, one a channel"
                     )
                 setattr(vit, name, tuple(map(float, values)))
-        self.precision = precision
+        self.precision, self.sharded = precision, False
         quantize_vit(vit, precision)  # before the cast, from the full weights
         self.__dict__["vit"] = vit if dtype is None else vit.to(dtype)
         super().train(False)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spreads the weights over the processes of a mesh, see `fastkd.models.sharding`."""
+        shard(self.vit, self.vit.blocks, mesh)
+        self.sharded = True
 
     @property
     def embed_dim(self) -> int:

@@ -31,7 +31,7 @@ from .logits.class_vectors import class_vector_kd
 from .logits.cosine import logit_cosine_loss
 from .logits.dist import dist_loss
 from .logits.linear_losses import fused_linear_jsd, linear_cross_entropy, linear_jsd, linear_kl
-from .logits.losses import dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
+from .logits.losses import Shared, dkd_loss, jsd_loss, kd_loss, logit_loss, nkd_loss, reverse_kl_loss, tvd_loss
 from .logits.standardise import logit_standardization, standardized_kd_loss
 from .logits.uskd import uskd_loss
 from .masked.attention_masking import attention_masking, cls_attention_row
@@ -50,6 +50,7 @@ __all__ = [
     "Masking",
     "OpSpec",
     "SPECS",
+    "Shared",
     "at_loss",
     "attention",
     "attention_masking",

@@ -35,10 +35,16 @@ _forced: list[str] = []
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend (``reference``, ``cpp``, ``triton`` or ``cuda``) for every op inside the block.
+    """Force one backend for every op inside the block: ``with fastkd.backend("reference"):``.
 
-    The override is process-wide. A forced backend that cannot run raises `RuntimeError` and says why.
-    Setting the environment variable ``FASTKD_BACKEND`` does the same for a whole run.
+    The override is process-wide. Setting the environment variable ``FASTKD_BACKEND`` does the same for a whole run.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: from an op that this backend cannot run; the message says why.
     """
     _check_name(name, "backend")
     _forced.append(name)

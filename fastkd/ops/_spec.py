@@ -21,6 +21,7 @@ class OpSpec:
     the op, so the same cases serve every backend, dtype and device.
 
     Attributes:
+        name: of the op, as in ``torch.ops.fastkd``.
         function: the public function.
         reference: the same maths in plain differentiable PyTorch, same signature as `function`.
         kernels: forward and backward kernels.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fastkd.models.saving import encoder
 
 from .checkpoint import weights_of
 from .config import ConfigError, DistillConfig, RunConfig, problem
-from .distributed import Processes
+from .distributed import Processes, own_cores
 from .optimizer import adamw
 
 _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
@@ -203,7 +202,7 @@ def _one_loader(config: RunConfig, argument: str, group: Processes) -> ImageLoad
             config.batch_size,
             channels=config.in_chans,
             seed=config.seed,
-            workers=choose_workers(config.workers, on_gpu, group.world_size),
+            workers=choose_workers(config.workers, on_gpu, group.cores),
             rank=group.rank,
             world_size=group.world_size,
             device=group.device,
@@ -223,9 +222,15 @@ def choose_loader(name: str) -> type[ImageLoader]:
     return ImageLoader
 
 
-def choose_workers(workers: int, on_gpu: bool, processes_here: int) -> int:
-    """Decoding processes: on a GPU machine all cores; on a CPU a quarter of them, for training needs the others."""
+def choose_workers(workers: int, on_gpu: bool, cores: int | None = None) -> int:
+    """Decoding processes: on a GPU machine all cores; on a CPU a quarter of them, for training needs the others.
+
+    Args:
+        workers: as wanted; -1 chooses.
+        on_gpu: whether training runs on one.
+        cores: of this machine, the share of this training process; default all on which it may run.
+    """
     if workers >= 0:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(1, cores // processes_here)) if on_gpu else max(1, cores // 4 // processes_here)
+    cores = len(own_cores()) if cores is None else cores
+    return min(16, max(1, cores)) if on_gpu else max(1, cores // 4)

@@ -54,11 +54,14 @@ class RunConfig(abc.ABC):
         "Optimiser": "optimizer weight_decay betas",
         "Held-out images": "val_data val_images val_every",
         "Saving and resuming": "resume save_minutes save_every keep_checkpoints log_every trackers",
-        "Machine": "device amp cuda_graph seed",
+        "Machine": "device amp cuda_graph shard_teacher timeout_minutes seed",
     }
 
+    SHARDS_TEACHER: ClassVar[bool] = False  # whether its teacher is only ever called as a whole
+
     data: Path
-    """Folder of images, at any depth (class folders do not matter), or one that fastkd pack wrote."""
+    """Folder of images, at any depth (class folders do not matter), or of .tar archives, such an archive, or a folder
+    that fastkd pack wrote."""
     out: Path
     """Run folder to write: config.yaml, checkpoints, exported, metrics.jsonl, train.log, pictures."""
     img_size: int | tuple[int, int] | None = None
@@ -100,6 +103,11 @@ class RunConfig(abc.ABC):
     """auto, cpu, cuda or cuda:N."""
     cuda_graph: bool = True
     """Run the training step as one CUDA graph where one process trains on a GPU; --no-cuda-graph: kernel by kernel."""
+    shard_teacher: bool = False
+    """Spread the frozen teacher over all processes (FSDP2), so that each holds a part of it: for one that does not fit
+    beside the student. It costs the transport of its weights in every step."""
+    timeout_minutes: float = 60.0
+    """Minutes that processes wait for one another: the first one evaluates and saves while the others wait."""
     workers: int = -1
     """Image-decoding processes; -1 chooses by the machine, 0 decodes in the training process."""
     val_data: Path | None = None
@@ -158,8 +166,8 @@ class RunConfig(abc.ABC):
             self._need(found, argument, value is None or bool(value.strip()), "a name or a path")
         for argument in ("data", "val_data"):
             folder = getattr(self, argument)
-            if folder is not None and not Path(folder).expanduser().is_dir():
-                found.append(problem(argument, folder, "an existing folder of images", "check the path"))
+            if folder is not None and not Path(folder).expanduser().exists():
+                found.append(problem(argument, folder, "an existing folder of images, or .tar file", "check the path"))
         out = Path(self.out).expanduser()
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
         why_not = why_not_writable(out)
@@ -181,6 +189,9 @@ class RunConfig(abc.ABC):
         self._need(found, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         good = 0 < self.scale[0] <= self.scale[1] <= 1
         self._need(found, "scale", good, "two numbers 0 < smallest <= largest <= 1")
+        self._need(found, "timeout_minutes", self.timeout_minutes > 0, "a positive number")
+        sharded = not self.shard_teacher or (self.SHARDS_TEACHER and getattr(self, "teacher", "none") != "none")
+        self._need(found, "shard_teacher", sharded, "--no-shard-teacher", "dmae, kd and nkd can shard their teacher")
         self._need(found, "workers", self.workers >= -1, "-1 (automatic), 0 or a number of processes")
         known = self.device in ("auto", "cpu") or self.device.split(":")[0] == "cuda"
         self._need(found, "device", known, "auto, cpu, cuda or cuda:N")
@@ -215,6 +226,8 @@ class DistillConfig(RunConfig):
     trains ViT-Ti/14 on the pictures in photos/; the same command continues a run that was stopped. Other methods:
     fastkd distill --method NAME --help, with kd, maskalign, mic, nkd, promptkd, scalekd, selfdist or uskd.
     """
+
+    SHARDS_TEACHER: ClassVar[bool] = True
 
     method: Literal["dmae"] = "dmae"
     """What trains the student."""
@@ -283,6 +296,8 @@ class DistillConfig(RunConfig):
     def problems(self) -> list[str]:
         found = super().problems()
         self._need(found, "mask_ratio", 0 < self.mask_ratio < 1, "a number between 0 and 1", "for 95 % write 0.95")
+        if self.shard_teacher and self.teacher_precision != "exact":
+            self._need(found, "teacher_precision", False, "exact with --shard-teacher", "8-bit weights stay whole")
         self._need(found, "alpha", self.alpha >= 0, "at least 0")
         self._need(found, "decode_fraction", 0 < self.decode_fraction <= 1, "a number above 0, at most 1")
         blocks = self.student_blocks, self.teacher_blocks
@@ -309,7 +324,7 @@ class PretrainConfig(DistillConfig):
     """
 
     HIDDEN: ClassVar[str] = (
-        "method teacher student_blocks teacher_blocks projector loss alpha reconstruct teacher_precision"
+        "method teacher student_blocks teacher_blocks projector loss alpha reconstruct teacher_precision shard_teacher"
     )
 
     teacher: str = "none"

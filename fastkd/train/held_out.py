@@ -50,13 +50,21 @@ class HeldOut:
         images, student = self.images[:PICTURES].to(self.device), self.method.student
         if self.config.reconstruct:
             reconstruction(student, images, self.config.mask_ratio, run.pictures / "reconstruction.png")
-        if self.method.teacher is not None:
+        teacher = self.method.teacher
+        if teacher is not None and not teacher.sharded:  # one process alone draws, and has no whole teacher then
             ours, theirs = self.method.patch_features(images)[-1]
             feature_similarity(images, ours, theirs, student.grid, run.pictures / "feature_similarity.png")
 
 
 class HeldOutLosses:
-    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some."""
+    """Losses of a method that needs no labels, on centre crops of held-out images, where --val-data names some.
+
+    Args:
+        config: of the run: `val_data`, `val_images`, `img_size`, `batch_size` and `seed` count.
+        method: what trains.
+        device: where it is.
+        amp: dtype of autocast; None computes in the dtype of the weights.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
@@ -87,7 +95,10 @@ class HeldOutLosses:
 
 
 class HeldOutClasses:
-    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some."""
+    """Cross entropy and accuracy of a classifier on centre crops of held-out images, where --val-data names some.
+
+    Arguments as in `HeldOutLosses`.
+    """
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp

@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interrupt:
     """Context manager: the first signal's number stands in `pressed`, 0 before; a second one stops at once.
 
-    Only the main process stops by it: with several, the others must take part in its last step (torchrun ends them).
+    Several processes ask each other for it, and stop together (`Processes.agreed`).
     """
 
-    def __init__(self, is_main: bool) -> None:
-        self.is_main, self.pressed = is_main, 0
+    def __init__(self) -> None:
+        self.pressed = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -31,8 +31,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if not self.is_main:
-            return
         if self.pressed:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.pressed = number

@@ -17,13 +17,13 @@ from fastkd.data import ImageLoader
 
 from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer
-from .config import ConfigError, DistillConfig, RunConfig, problem
+from .config import DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
 from .reseed import reseed
-from .resume import check_same_run, checkpoint_to_resume, restore, warn_of_damage
+from .resume import check_same_run, checkpoint_to_resume, how_to_go_on, restore, warn_of_damage
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
 from .track import Reporter, RunFolder, Stopwatch
@@ -67,16 +67,19 @@ def distill(config: RunConfig) -> Result:
         ConfigError: wrong arguments, all at once.
         TrainingError: the loss is not finite any more, or the end of the run could not be written.
     """
-    config.validate()
+    problems = config.problems()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError([problem("device", config.device, "cpu or auto: torch sees no CUDA device here")])
+        problems.append(problem("device", config.device, "cpu or auto: torch sees no CUDA device here"))
     keep_memory()
-    with processes(config.device) as group, same_bits(group.device):
-        return _train(config, group)
+    meeting = ("cpu",) if problems else (config.device, config.timeout_minutes, lambda: how_to_go_on(config.out))
+    with processes(*meeting) as group:
+        group.check(problems, config.as_dict())
+        with same_bits(group.device):
+            return _train(config, group)
 
 
 def _train(config: RunConfig, group: Processes) -> Result:
-    run, device = RunFolder(config.out), group.device
+    run, device = RunFolder(config.out, writes=group.is_main), group.device
     found, given = checkpoint_to_resume(config, run), config.as_dict()
     source = found.good
     method, config = config.build(device)
@@ -95,12 +98,17 @@ def _train(config: RunConfig, group: Processes) -> Result:
         state = restore(source, method, optimizer, scaler, loader)
         step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
         history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
+    group.same({"out": f"a run at step {step}"}, "let all machines see one --out, on storage that they share")
+    group.same({"data": loader.state_dict()}, "give all machines the same files")
+    if config.shard_teacher:
+        method.teacher.shard(group.mesh())
     model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
         model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
         reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
     )  # fmt: skip
-    held_out = config.held_out(method, device, amp) if group.is_main else None
+    # All must look at a picture together where each holds a part of the teacher.
+    held_out = config.held_out(method, device, amp) if group.is_main or config.shard_teacher else None
     if group.is_main:
         try:
             run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
@@ -144,17 +152,19 @@ def _train(config: RunConfig, group: Processes) -> Result:
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with (
         reporter,
-        Interrupt(group.is_main) as interrupt,
+        Interrupt() as interrupt,
         contextlib.closing(iter(loader)) as batches,
         contextlib.closing(run),
+        group.guard(),
     ):
         _announce(config, method, loader, group, step, source)
         warn_of_damage(found, step)
-        if source is None and group.is_main:
+        if source is None and held_out is not None:
             held_out.evaluate(run, step, loader.epoch)
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
-        while step < config.steps and not interrupt.pressed:
+        stop = group.agreed(interrupt.pressed)
+        while step < config.steps and not stop:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
             reseed(device, config.seed, step, group.rank)
@@ -176,14 +186,16 @@ def _train(config: RunConfig, group: Processes) -> Result:
                 if group.is_main:
                     run.add(row)
                     reporter.report(row)
-            if group.is_main:
+            if held_out is not None and (step % config.val_every == 0 or step == config.steps):
                 with watch.pause():
-                    if step % config.val_every == 0 or step == config.steps:
-                        held_out.evaluate(run, step, loader.epoch)
-                    timed = time.monotonic() - last_save > 60 * config.save_minutes
-                    if timed or (config.save_every and step % config.save_every == 0):
+                    held_out.evaluate(run, step, loader.epoch)
+            if group.is_main:
+                timed = time.monotonic() - last_save > 60 * config.save_minutes
+                if timed or (config.save_every and step % config.save_every == 0):
+                    with watch.pause():
                         save()
-                        last_save = time.monotonic()
+                    last_save = time.monotonic()
+            stop = group.agreed(interrupt.pressed)
 
         finished, complete = step >= config.steps, True
         if group.is_main:
@@ -192,12 +204,11 @@ def _train(config: RunConfig, group: Processes) -> Result:
                 complete &= written("the exported student", lambda: _export(method.student, run, step))
             elif complete:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
-        if finished:
-            group.barrier()
+        group.barrier()  # a launcher ends all processes when the first one ends
         if not complete:
             fix = "Make room where --out is; the same command then goes on from there"
             raise TrainingError(f"step {step}: the end of the run is not written; {_last_good(run)}. {fix}")
-    return Result(run.root, step, finished, run.exported if finished else None, interrupt.pressed)
+    return Result(run.root, step, finished, run.exported if finished else None, stop)
 
 
 def _checked(losses: Tensor, names: Sequence[str], step: int, run: RunFolder) -> Tensor:

@@ -9,7 +9,7 @@ KINDS = ("adamw", "apex")
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups of the trainable parameters, with and without weight decay.
+    """Two parameter groups of a model's trainable parameters, with `weight_decay` and without.
 
     One-dimensional parameters (norms, biases, layer scales) do not decay, nor do those that a module of ours names in
     `no_weight_decay()`; everything else does, cls_token and mask_token ([1, 1, D]) included, as in the published code.
@@ -40,6 +40,8 @@ def adamw(
 
     Args:
         model: what is trained; or groups of parameters, each with its own `weight_decay`.
+        lr: learning rate of all groups.
+        weight_decay, betas: of AdamW; weight_decay as in `param_groups`.
         kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
             apex, which runs on GPUs alone.
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.
@@ -73,7 +75,7 @@ def apex_fused_adam() -> type[torch.optim.Optimizer]:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's learning rate to ``lr * lr_scale`` (lr_scale is 1 where a group has none).
+    """Sets the learning rate of every group of an optimizer to ``lr * lr_scale`` (1 where a group has none).
 
     A rate that is a tensor keeps its storage, which a CUDA graph may read.
     """

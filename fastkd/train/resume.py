@@ -19,7 +19,7 @@ _NONE = checkpoint.Found(None, ())
 # What may differ between the two halves of a run: no weight depends on it.
 _FREE = frozenset(
     "resume out workers device cuda_graph log_every save_every save_minutes keep_checkpoints trackers val_data "
-    "val_images val_every".split()
+    "val_images val_every shard_teacher timeout_minutes".split()
 )
 
 
@@ -59,6 +59,14 @@ def warn_of_damage(found: checkpoint.Found, step: int) -> None:
         newer = checkpoint.step_of(folder)
         lost = "" if newer is None else f"; {newer - step} steps are trained again"
         logger.warning("the checkpoint %s is damaged and left aside: %s%s", folder, reason, lost)
+
+
+def how_to_go_on(out: Path) -> str:
+    """What a message says at the end of a run that broke off."""
+    good = checkpoint.find(out)
+    if good is None:
+        return "no checkpoint was written yet; the same command starts again"
+    return f"the last checkpoint is {good}; the same command continues from there"
 
 
 def check_same_run(config: RunConfig, given: dict, run: RunFolder) -> None:

@@ -24,7 +24,7 @@ logger = logging.getLogger("fastkd")
 
 
 class CudaGraphs:
-    """Warm-up and capture on one side stream, as PyTorch's notes on CUDA graphs describe whole-network capture."""
+    """Warm-up and capture on one side stream of a device, as PyTorch's notes on whole-network capture say."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

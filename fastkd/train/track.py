@@ -29,6 +29,10 @@ LOSSES = ("loss", "pixel_loss", "align_loss")
 class RunFolder:
     """Files of one run.
 
+    Args:
+        root: the folder.
+        writes: False reads alone: of several processes one writes.
+
     Attributes:
         root: the folder.
         checkpoints: ``checkpoints``, a folder.
@@ -37,8 +41,8 @@ class RunFolder:
         trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+    def __init__(self, root: str | Path, writes: bool = True) -> None:
+        self.root, self.writes = Path(root).expanduser(), writes
         self.checkpoints = self.root / "checkpoints"
         self.exported = self.root / "exported/student_timm.safetensors"
         self.pictures = self.root / "pictures"
@@ -95,11 +99,12 @@ class RunFolder:
 
     def add(self, row: dict) -> None:
         """Appends a line to metrics.jsonl; on a full disk it is written later, with the next one or by `sync`."""
-        self._unwritten.append(json.dumps(row) + "\n")
-        try:
-            self._append()
-        except OSError as error:
-            logger.error("%s cannot be written, which is tried again: %s", self._metrics, error)
+        if self.writes:
+            self._unwritten.append(json.dumps(row) + "\n")
+            try:
+                self._append()
+            except OSError as error:
+                logger.error("%s cannot be written, which is tried again: %s", self._metrics, error)
         for tracker in self.trackers:
             tracker.add(row)
 

@@ -202,7 +202,10 @@ def fused_linear_jsd(
     temperature: float = 1.0,
     chunk_size: int = CHUNK,
 ) -> Tensor:
-    """`linear_jsd` under the name and with the defaults of Liger-Kernel's LigerFusedLinearJSD, as a drop-in."""
+    """`linear_jsd` under the name and with the defaults of Liger-Kernel's LigerFusedLinearJSD, as a drop-in.
+
+    ``weight_hard_loss`` is its ce_weight, ``weight_soft_loss`` its jsd_weight. Result: float32 scalar.
+    """
     if target is None and weight_hard_loss:
         _check.fail("fused_linear_jsd", "target", "None", "labels for weight_hard_loss > 0", "or weight_hard_loss=0")
     return linear_jsd(

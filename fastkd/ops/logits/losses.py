@@ -20,19 +20,20 @@ REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
 
 class Shared(TypedDict, total=False):
-    """Keyword arguments of every loss here.
+    """Keyword arguments of every loss between logits.
 
-    weight: [C], weights of the classes in ce, as in `torch.nn.functional.cross_entropy`.
-    label_smoothing: of ce, in [0, 1], likewise.
-    sample_weight: [...] like the rows; multiplies everything that a row adds. It does not enter the divisor.
-    ignore_index: rows with this class index are left out of every term and of the divisor. Default -100.
-    num_items_in_batch: a number, or a scalar tensor (which is not waited for), that "mean" and "batchmean" divide by
-        instead of the number of rows: gradient accumulation over batches of unequal length.
-    inplace: the gradient takes the place of the student's logits, so that no second [N, C] tensor exists. The logits
-        hold no logits after the call: they must be an intermediate result, or a leaf, that nobody reads again
-        (autograd raises where an earlier operation needs them in its backward). One backward only; without a gradient
-        to make, nothing is overwritten.
-    teacher_grad: let gradients reach the teacher too, as mutual learning does. Runs as plain PyTorch, not fused.
+    Attributes:
+        weight: [C], weights of the classes in ce, as in `torch.nn.functional.cross_entropy`.
+        label_smoothing: of ce, in [0, 1], likewise.
+        sample_weight: [...] like the rows; multiplies everything that a row adds. It does not enter the divisor.
+        ignore_index: rows with this class index are left out of every term and of the divisor. Default -100.
+        num_items_in_batch: a number, or a scalar tensor (which is not waited for), that "mean" and "batchmean" divide
+            by instead of the number of rows: gradient accumulation over batches of unequal length.
+        inplace: the gradient takes the place of the student's logits, so that no second [N, C] tensor exists. The
+            logits hold no logits after the call: they must be an intermediate result, or a leaf, that nobody reads
+            again (autograd raises where an earlier operation needs them in its backward). One backward only; without
+            a gradient to make, nothing is overwritten.
+        teacher_grad: let gradients reach the teacher too, as mutual learning does. Runs as plain PyTorch, not fused.
     """
 
     weight: Tensor | None

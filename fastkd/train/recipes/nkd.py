@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fastkd.train.config import ConfigError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(kw_only=True)
 class NKDConfig(PairConfig):
     """Distil an image classifier from another one by the normalised loss NKD."""
+
+    SHARDS_TEACHER: ClassVar[bool] = True
 
     method: Literal["nkd"] = "nkd"
     """What trains the student; fastkd distill --method NAME --help shows the options of another one."""

@@ -1,27 +1,28 @@
-"""The migration guide: its blocks run where their framework is installed, with the numbers of what they replace."""
+"""docs/losses.md: its blocks run where their framework is installed, with the numbers of what they replace."""
 
 from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import ROOT, blocks, text
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 
 from fastkd import ops
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
-BLOCKS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
-PAIRS = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", PAGE, re.MULTILINE)
+PAGE = "docs/losses.md"
+SECTIONS = ["PyTorch", "timm", "Lightning", "transformers Trainer", "torchdistill"]
+BLOCKS = dict(zip(SECTIONS, (block.code for block in blocks(PAGE, "python"))))
+PAIRS = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", text(PAGE), re.MULTILINE)
 
 
 def run(section: str, **names) -> dict:
     """Runs a block of the page; its names afterwards."""
-    exec(compile(BLOCKS[section], f"migrating.md, {section}", "exec"), names)  # classes need their module's names
+    exec(compile(BLOCKS[section], f"{PAGE}, {section}", "exec"), names)  # classes need their module's names
     return names
 
 
@@ -50,7 +51,13 @@ def changed(before: list[torch.Tensor], *modules: nn.Module) -> list[bool]:
 
 
 def test_every_section_has_its_block():
-    assert list(BLOCKS) == ["PyTorch", "timm", "Lightning", "transformers Trainer", "torchdistill"] and len(PAIRS) == 8
+    found = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n", text(PAGE), re.DOTALL | re.MULTILINE)
+    assert found == SECTIONS and len(blocks(PAGE, "python")) == len(SECTIONS) and len(PAIRS) == 8
+
+
+def test_the_example_has_the_same_trainer():
+    own = BLOCKS["transformers Trainer"].split("\n\n\n")[1]
+    assert own.startswith("class DistillationTrainer") and own in (ROOT / "examples/trainer.py").read_text()
 
 
 @pytest.mark.parametrize("theirs, ours", PAIRS, ids=[ours.split("(")[0] + str(i) for i, (_, ours) in enumerate(PAIRS)])

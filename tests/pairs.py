@@ -1,0 +1,78 @@
+"""Two processes that train together, forked from one that has already imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastkd.train.launch import launch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["fastkd.train.loop", "fastkd.cli", "timm"])
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit code, and what it printed."""
+
+    code: int
+    output: str
+
+
+def slurm(rank: int, job: int, count: int = 2) -> dict[str, str]:
+    """What srun gives to a process of a step on this machine."""
+    return dict(
+        SLURM_JOB_ID=str(job), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(count), SLURM_NTASKS=str(count),
+        SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_NODELIST="localhost,node[001-003,007]",
+    )  # fmt: skip
+
+
+def run_pair(target: Callable[..., object], *arguments, seconds: float = 60) -> list[Ended]:
+    """Calls ``target(rank, *arguments)`` in two processes, as srun would start them; what became of each."""
+    job = _free_job()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(2)]
+        pair = [
+            _context.Process(target=_start, args=(slurm(rank, job), log, target, rank, *arguments))
+            for rank, log in enumerate(logs)
+        ]
+        for process in pair:
+            process.start()
+        for process in pair:
+            process.join(seconds)
+        hanging = [process for process in pair if process.exitcode is None]
+        for process in hanging:
+            process.kill()
+            process.join()
+        ended = [Ended(process.exitcode, log.read_text()) for process, log in zip(pair, logs)]
+    assert not hanging, f"got a process that hangs: {ended}"
+    return ended
+
+
+def _start(environment: dict[str, str], log: Path, target: Callable[..., object], *arguments) -> None:
+    os.environ.update(environment)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.stderr.reconfigure(line_buffering=True)
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
+def _free_job() -> int:
+    """A job number whose port nobody uses."""
+    while True:
+        job = random.randrange(10**6)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("localhost", int(launch(slurm(0, job)).meeting.split(":")[-1])))
+            except OSError:
+                continue
+        return job
