@@ -301,11 +301,10 @@ def test_a_full_disk_at_the_end_is_exit_code_1(finished, faults, capsys, monkeyp
             faults.fail(run, lambda number: True, reads=False)
         return original(root, student, state, keep)
 
-    monkeypatch.setattr(checkpoint, "save", full_from_step_4_on)
-    with pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(checkpoint, "save", full_from_step_4_on)
         cli.main(["distill", *command])
     faults.stop()
-    monkeypatch.undo()
     said = capsys.readouterr().err
     assert end.value.code == 1
     assert "step 4: the checkpoint not written: [Errno 28] No space left on device" in said

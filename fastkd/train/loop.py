@@ -17,7 +17,7 @@ from fastkd.data import ImageLoader
 
 from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer
-from .config import DistillConfig, RunConfig, problem
+from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
