@@ -80,6 +80,13 @@ def pretrain(arguments: list[str]) -> int:
     return _train("pretrain", PretrainConfig, "pretrain", arguments)
 
 
+def finetune(arguments: list[str]) -> int:
+    """Make a classifier of any encoder on class folders."""
+    from fastkd.train.recipes.finetune import FinetuneConfig
+
+    return _train("finetune", FinetuneConfig, "finetune", arguments)
+
+
 def _train(command: str, target: type[RunConfig], usage: str, arguments: list[str]) -> int:
     try:
         config = _parse(target, usage, arguments)
@@ -208,6 +215,7 @@ def bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "pretrain": pretrain,
+    "finetune": finetune,
     "eval": evaluate,
     "export": export,
     "pack": pack,

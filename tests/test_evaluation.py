@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,19 +138,24 @@ def test_wilson_interval_and_score():
     assert score(ranked[:2, :1], torch.tensor([0, 1]), list("abcde")).top5 is None
 
 
+def write_colours(root: Path, count: int, seed: int = 0) -> Path:
+    """Noisy pictures in two class folders, one of them bluish, the other reddish."""
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        folder = root / ("blue" if index % 2 else "red")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 120, (20, 20, 3), dtype=np.uint8)
+        pixels[..., 2 if index % 2 else 0] += 90
+        Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return root
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pictures of two colours, half of them held out; a file that is no picture; the tiny models."""
-    root, random = tmp_path_factory.mktemp("evaluation"), np.random.default_rng(0)
-    for part, count in (("train", 30), ("val", 12)):
-        for index in range(count):
-            folder = root / part / ("blue" if index % 2 else "red")
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = random.integers(0, 120, (20, 20, 3), dtype=np.uint8)
-            pixels[..., 2 if index % 2 else 0] += 90
-            Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    """Training and held-out pictures, a file that is no picture, and the tiny models."""
+    root = tmp_path_factory.mktemp("evaluation")
+    write_colours(root / "train", 30), write_colours(root / "val", 12, seed=1), write_models(root)
     (root / "train" / "red" / "000a.png").write_bytes(b"no picture")
-    write_models(root)
     return root
 
 
@@ -188,8 +194,13 @@ def test_report(folders, capsys, tmp_path):
     linear = results["linear"]
     assert linear["top1"] > 0.9 and linear["top5"] is None and set(linear["per_class"]) == {"blue", "red"}
     assert linear["interval"][0] < linear["top1"] <= linear["interval"][1]
-    assert len(linear["heads"]) == 13 * 2 * 2 and results["head"] is None
+    assert len(linear["heads"]) == 16 * 2 * 2 and results["head"] is None
     assert results["seconds"]["total"] > 0 and results["versions"]["torch"]
+
+
+def test_a_choice_at_the_edge_of_the_grid_is_said(folders, caplog):
+    evaluate(config(folders, linear_lr=(1e-9, 1e-8)))
+    assert "at the edge of the grid: try a wider --linear-lr" in caplog.text
 
 
 def test_held_out_labels_choose_nothing(folders, tmp_path):
@@ -201,6 +212,14 @@ def test_held_out_labels_choose_nothing(folders, tmp_path):
     right, wrong = (evaluate(config(folders, val_data=path))["linear"] for path in (folders / "val", swapped))
     assert right["chosen"] == wrong["chosen"] and right["heads"] == wrong["heads"]
     assert wrong["top1"] == pytest.approx(1 - right["top1"]) and right["top1"] > 0.9
+
+
+def test_held_out_classes_are_known_by_their_names(folders, tmp_path):
+    """Some classes may be missing there; their scores are null."""
+    (tmp_path / "red").symlink_to(folders / "val" / "red")
+    linear = evaluate(config(folders, val_data=tmp_path))["linear"]
+    assert linear["images"] == 6 and linear["top1"] == linear["per_class"]["red"] > 0.9
+    assert linear["per_class"]["blue"] is None
 
 
 def test_a_classifier_is_judged_by_its_own_head_too(folders, tmp_path):

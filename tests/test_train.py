@@ -301,7 +301,8 @@ def test_grey_images_and_a_student_by_name(tmp_path):
     assert student.in_chans == 1 and student.img_size == (16, 24) and student.embed_dim == 192
 
 
-def test_the_host_does_not_wait_for_the_device_in_a_step(tmp_path):
+@pytest.mark.parametrize("changes", [{}, dict(skip_nonfinite=2, clip_grad=1.0, ema=0.9)], ids=["plain", "guarded"])
+def test_the_host_does_not_wait_for_the_device_in_a_step(tmp_path, changes):
     """Reading a device value on the host is `_local_scalar_dense`; steps between two reports must not do it."""
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
@@ -314,7 +315,7 @@ def test_the_host_does_not_wait_for_the_device_in_a_step(tmp_path):
     counts = []
     for steps in (3, 9):
         with Count() as count:
-            distill(tiny_config(tmp_path, f"run{steps}", steps=steps, log_every=9, val_every=9))
+            distill(tiny_config(tmp_path, f"run{steps}", steps=steps, log_every=9, val_every=9, **changes))
         counts.append(count.reads)
     assert counts[0] == counts[1]
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from rich.table import Table
 from fastkd.data import open_images
 from fastkd.train.build import AMP, EXPECTED, choose_amp, choose_workers, weights_of
 from fastkd.train.config import ConfigError, problem
+from fastkd.train.recipes._classifier import not_in_classes
 from fastkd.train.track import versions
 
 from .config import EvalConfig
@@ -24,7 +22,7 @@ from .encoders import HeadEncoder, TokenEncoder, load_encoder
 from .extract import CenterCrops, Extracted, extract
 from .knn import knn
 from .linear import sweep
-from .scores import ranking, score
+from .scores import ranking, score, write_json
 
 FORMAT, VERSION = "fastkd-eval", 1
 logger = logging.getLogger("fastkd")
@@ -84,7 +82,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     results["seconds"] = seconds | dict(total=time.perf_counter() - start)
     results["versions"] = versions()
     if config.out is not None:
-        write(results, config.out.expanduser())
+        write_json(results, config.out.expanduser())
     Console().print(table(results))
     return results
 
@@ -99,10 +97,7 @@ def _open(config: EvalConfig) -> tuple[dict[str, Any], TokenEncoder | HeadEncode
         except (OSError, ValueError) as error:
             found.append(f"--{name.replace('_', '-')}: {error}")
             continue
-        loose = sum(label < 0 for label in folder.labels)
-        if len(folder.classes) < 2 - (name == "val_data") or loose:
-            got = f"{len(folder.classes)} class folders" + (f" and {loose} images outside of them" if loose else "")
-            found.append(problem(name, got, "every image in one of two or more class folders"))
+        found += not_in_classes(name, folder, 2 if name == "data" else 1)
     if len(folders) == 2 and not found:
         known = folders["data"].classes
         unknown = sorted(set(folders["val_data"].classes) - set(known))
@@ -157,23 +152,14 @@ def _linear(config: EvalConfig, train: Extracted, val: Extracted, classes: list[
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError([f"--data: {error}; --no-linear leaves the probe out"]) from error
+    if len(config.linear_lr) > 1 and found.best.lr in (min(config.linear_lr), max(config.linear_lr)):
+        logger.warning("the best learning rate %g is at the edge of the grid: try a wider --linear-lr", found.best.lr)
     ranked = torch.cat([ranking(found.probe.logits(rows)[:, 0]) for rows in val.features.split(1024)])
     heads = [dict(**head._asdict(), accuracy=accuracy) for head, accuracy in zip(found.heads, found.accuracies)]
     return dict(
         **score(ranked, val.labels, classes).as_dict(), chosen=found.best._asdict(), heads=heads,
         epochs=config.linear_epochs, batch_size=found.batch_size,
     )  # fmt: skip
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    """Writes JSON; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def table(results: dict[str, Any]) -> Table:

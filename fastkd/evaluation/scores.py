@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +26,14 @@ class Score:
         top5: share of images whose class is among the five highest; None with five classes or fewer.
         interval: 95 % Wilson interval of top1, (low, high): what the number of images alone leaves open.
         per_class: class name -> top1 of its images; None for a class without images.
+        images: how many were judged.
     """
 
     top1: float
     top5: float | None
     interval: tuple[float, float]
     per_class: dict[str, float | None]
+    images: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -52,6 +57,7 @@ def score(ranked: Tensor, labels: Tensor, classes: Sequence[str]) -> Score:
         top5=int(hits.any(1).sum()) / images if len(classes) > TOP else None,
         interval=wilson(int(first.sum()), images),
         per_class={name: r / n if n else None for name, r, n in zip(classes, right, here)},
+        images=images,
     )
 
 
@@ -61,3 +67,14 @@ def wilson(right: int, images: int, z: float = Z_95) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / images + spread / (4 * images)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Writes results; the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

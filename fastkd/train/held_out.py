@@ -10,14 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.data import open_images
+from fastkd.data import ImageSource, open_images
+from fastkd.evaluation.extract import CenterCrops
+from fastkd.evaluation.scores import Score, ranking, score, write_json
 from fastkd.methods.dmae import DMAE
 
+from .build import choose_workers
 from .config import ConfigError, DistillConfig, RunConfig
+from .distributed import own_cores
 from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
 PICTURES = 6  # rows of the grid
+FEW = 1024  # images that are decoded once and kept; more are decoded anew for every evaluation
 
 
 class HeldOut:
@@ -30,7 +35,7 @@ class HeldOut:
         self.noise = torch.rand(len(self.images), method.student.num_patches, generator=generator)
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -39,7 +44,7 @@ class HeldOut:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 result = self.method(images.to(self.device), self.config.mask_ratio, noise.to(self.device))
             total += torch.stack([result[name].float() for name in LOSSES]).cpu() * len(images)
-        means = dict(zip([f"val_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
+        means = dict(zip([f"{prefix}_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
         _tell(run, step, epoch, means)
 
     def draw(self, run: RunFolder) -> None:
@@ -73,7 +78,7 @@ class HeldOutLosses:
             self.keys = torch.arange(len(self.images)) + config.seed
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -85,7 +90,7 @@ class HeldOutLosses:
                 result = self.method(images.to(self.device), keys.to(self.device))
             total += torch.stack([result[name].float() for name in names]).cpu() * len(images)
         self.method.train(was_training)
-        _tell(run, step, epoch, dict(zip([f"val_{name}" for name in names], (total / len(self.images)).tolist())))
+        _tell(run, step, epoch, dict(zip([f"{prefix}_{name}" for name in names], (total / len(self.images)).tolist())))
 
     def draw(self, run: RunFolder) -> None:
         """Writes the loss curves."""
@@ -102,30 +107,49 @@ class HeldOutClasses:
 
     def __init__(self, config: RunConfig, method: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.config, self.method, self.device, self.amp = config, method, device, amp
-        if config.val_data is not None:
-            self.images, labels, classes = crops(config, config.val_images)
-            own = getattr(method, "classes", None) or open_images(config.data).classes
-            unknown = sorted(set(classes) - set(own))
-            if unknown or not classes:
-                got = f"classes {', '.join(unknown)}" if unknown else "no class folders"
-                raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(own)}"])
-            self.labels = torch.tensor([own.index(classes[label]) for label in labels])
+        if config.val_data is None:
+            return
+        folder = _open(config)
+        self.classes = getattr(method, "classes", None) or open_images(config.data).classes
+        unknown = sorted(set(folder.classes) - set(self.classes))
+        loose = sum(label < 0 for label in folder.labels)
+        if unknown or loose:
+            got = f"classes {', '.join(unknown)}" if unknown else f"{loose} images outside of class folders"
+            raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(self.classes)}"])
+        self.labels = torch.tensor([self.classes.index(folder.classes[label]) for label in folder.labels])
+        indices = _some(folder, config)
+        cores = len(own_cores())  # other processes wait meanwhile
+        workers = choose_workers(config.workers, device.type == "cuda", cores) if len(indices) > FEW else 0
+        self.crops = CenterCrops(
+            folder, config.img_size, config.batch_size, channels=config.in_chans, indices=indices, workers=workers
+        )
+        self._kept = list(self.crops) if len(indices) <= FEW else None
+        if self._kept == []:
+            raise ConfigError([f"--val-data: {folder.root}: no image can be read"])
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
-        """Adds a line with val_loss and val_accuracy to metrics.jsonl; nothing without --val-data."""
-        if self.config.val_data is None:
-            return
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
+        """Adds a line with val_loss, val_accuracy and, of many classes, val_top5 to metrics.jsonl, with --val-data."""
+        if self.config.val_data is not None:
+            self.judge(run, step, epoch, prefix)
+
+    def judge(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> Score:
+        """`evaluate`, and what it found."""
         student = self.method.student
-        was_training, logits = student.training, []
+        was_training, loss, ranked, seen = student.training, 0.0, [], []
         student.eval()
-        for images in self.images.split(self.config.batch_size):
+        for images, indices in self._kept or self.crops:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                logits.append(student(self.method.prepare(images.to(self.device))).float().cpu())
+                logits = student(self.method.prepare(images.to(self.device))).float().cpu()
+            loss += F.cross_entropy(logits, self.labels[indices], reduction="sum").item()
+            ranked.append(ranking(logits))
+            seen.append(indices)
         student.train(was_training)
-        logits = torch.cat(logits)
-        accuracy = (logits.argmax(1) == self.labels).float().mean().item()
-        _tell(run, step, epoch, dict(val_loss=F.cross_entropy(logits, self.labels).item(), val_accuracy=accuracy))
+        found = score(torch.cat(ranked), self.labels[torch.cat(seen)], self.classes)
+        top5 = {} if found.top5 is None else {f"{prefix}_top5": found.top5}
+        scores = {f"{prefix}_loss": loss / found.images, f"{prefix}_accuracy": found.top1, **top5}
+        _tell(run, step, epoch, scores)
+        return found
 
     def draw(self, run: RunFolder) -> None:
         """Writes the loss curves."""
@@ -135,22 +159,61 @@ class HeldOutClasses:
         loss_curves(run.metrics(), names, run.pictures / "loss_curves.png")
 
 
+class FinalClasses(HeldOutClasses):
+    """`HeldOutClasses` that leaves a result.json in the run folder after the last step."""
+
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
+        if self.config.val_data is None:
+            return
+        with torch.no_grad():
+            found = self.judge(run, step, epoch, prefix)
+        if step < self.config.steps:
+            return
+        accuracy = f"{prefix}_accuracy"
+        best = max((row for row in run.metrics() if accuracy in row), key=lambda row: row[accuracy])
+        scores = dict(**found.as_dict(), best=dict(top1=best[accuracy], step=best["step"]))
+        if prefix == "val":
+            facts = dict(step=step, unreadable=len(self.crops.failures), classes=self.classes)
+            self.result = dict(format="fastkd-finetune", version=1, **scores, **facts)
+        else:
+            self.result["ema"] = scores  # of the averaged weights, which are judged after the others
+        write_json(self.result, run.root / "result.json")
+        low, high = found.interval
+        logger.info(
+            "%s %.2f %% (95 %% interval %.2f to %.2f) of %d held-out images; best during the run %.2f %% at step %d",
+            "top-1" if prefix == "val" else "top-1 of the averaged weights", 100 * found.top1, 100 * low, 100 * high, found.images,
+            100 * best[accuracy], best["step"],
+        )  # fmt: skip
+
+
 def crops(config: RunConfig, wanted: int) -> tuple[Tensor, list[int], list[str]]:
     """Centre crops uint8 [N, H, W, C] of so many readable held-out (else training) images, labels, class names."""
-    try:
-        folder = open_images(config.val_data or config.data)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"--val-data: {error}"]) from error
-    generator = torch.Generator().manual_seed(config.seed)
+    folder = _open(config)
     images, labels = [], []
-    for index in torch.randperm(len(folder), generator=generator).tolist():
-        if len(images) < wanted:
+    for index in _shuffled(folder, config):
+        if len(images) < (wanted or len(folder)):
             with contextlib.suppress(Exception):  # an unreadable file: take the next one
                 images.append(folder.center_crop(index, config.img_size, config.in_chans))
                 labels.append(folder.labels[index])
     if not images:
         raise ConfigError([f"--{'val-data' if config.val_data else 'data'}: {folder.root}: no image can be read"])
     return torch.from_numpy(np.stack(images)), labels, folder.classes
+
+
+def _open(config: RunConfig) -> ImageSource:
+    try:
+        return open_images(config.val_data or config.data)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--val-data: {error}"]) from error
+
+
+def _shuffled(folder: ImageSource, config: RunConfig) -> list[int]:
+    return torch.randperm(len(folder), generator=torch.Generator().manual_seed(config.seed)).tolist()
+
+
+def _some(folder: ImageSource, config: RunConfig) -> list[int]:
+    """The --val-images images that are judged; all of them in order for 0."""
+    return _shuffled(folder, config)[: config.val_images] if config.val_images else list(range(len(folder)))
 
 
 def _tell(run: RunFolder, step: int, epoch: float, means: dict[str, float]) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd.data import ImageLoader
+from fastkd.models.ema import EMATeacher
 
 from . import checkpoint, trackers
-from .build import AMP, build_loader, build_optimizer
+from .build import AMP, build_loader, build_optimizer, recompute_activations
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
+from .history import History, TrainingError, not_finite
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
@@ -29,10 +30,6 @@ from .step import TrainingStep, choose_graphs
 from .track import Reporter, RunFolder, Stopwatch
 
 logger = logging.getLogger("fastkd")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what is still good."""
 
 
 class Result(NamedTuple):
@@ -83,6 +80,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
     found, given = checkpoint_to_resume(config, run), config.as_dict()
     source = found.good
     method, config = config.build(device)
+    recompute_activations(config, method)
     names = method.losses
     loader, config = build_loader(config, group)
     if source is not None and config.resume == "auto":
@@ -92,12 +90,8 @@ def _train(config: RunConfig, group: Processes) -> Result:
     amp = AMP[config.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     schedule = {name: getattr(config, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")}
-    history = torch.zeros(config.log_every, len(names), device=device)  # of the steps since the last report: `filled`
-    step, filled, seconds = 0, 0, 0.0
-    if source is not None:
-        state = restore(source, method, optimizer, scaler, loader)
-        step, filled, seconds = state["step"], len(state["history"]), state["seconds"]
-        history = torch.cat([state["history"].to(device), history])[: max(filled, config.log_every)]
+    state = {} if source is None else restore(source, method, optimizer, scaler, loader)
+    step, seconds = state.get("step", 0), state.get("seconds", 0.0)
     group.same({"out": f"a run at step {step}"}, "let all machines see one --out, on storage that they share")
     group.same({"data": loader.state_dict()}, "give all machines the same files")
     if config.shard_teacher:
@@ -105,10 +99,24 @@ def _train(config: RunConfig, group: Processes) -> Result:
     model = group.wrap(method, find_unused=config.find_unused)
     train_step = TrainingStep(
         model, optimizer, config.mask_ratio if isinstance(config, DistillConfig) else None, names=names,
-        reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, group=group, graphs=graphs,
+        reads=method.reads, amp=amp, accumulate=config.accumulate, scaler=scaler, clip_grad=config.clip_grad,
+        guard=config.skip_nonfinite > 0, group=group, graphs=graphs,
+    )  # fmt: skip
+    history = History(
+        train_step.names, len(names), scaler.is_enabled(), config.log_every, config.skip_nonfinite, group, run,
+        loader.folder,
     )  # fmt: skip
     # All must look at a picture together where each holds a part of the teacher.
-    held_out = config.held_out(method, device, amp) if group.is_main or config.shard_teacher else None
+    looks = group.is_main or config.shard_teacher
+    held_out = config.held_out(method, device, amp) if looks else None
+    average = None
+    if config.ema is not None and looks:
+        average = EMATeacher(method.student, config.ema, buffers="ema", mode="eval")
+    if state:
+        history.load(state["history"], state.get("nonfinite", 0))
+        if average is not None and "ema" in state:
+            average.load_state_dict(state["ema"])
+    del state  # copies of what was restored
     if group.is_main:
         try:
             run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
@@ -131,23 +139,38 @@ def _train(config: RunConfig, group: Processes) -> Result:
         return True
 
     def save() -> bool:
-        losses = _checked(history[:filled], names, step, run)
+        losses = history.read(step)
         if not all(norm.isfinite() for norm in torch._foreach_norm([p.detach() for p in method.parameters()])):
-            raise TrainingError(_not_finite(step, "weights are not finite", run))
+            raise TrainingError(not_finite(step, "weights are not finite", run))
         state = dict(
             step=step, history=losses, seconds=watch.seconds(), optimizer=optimizer.state_dict(),
-            heads=method.training_state(), scaler=train_step.scaler.state_dict(),
-            loader=loader.state_dict(),
+            kind=type(optimizer).__name__, heads=method.training_state(), scaler=train_step.scaler.state_dict(),
+            loader=loader.state_dict(), nonfinite=history.nonfinite,
         )  # fmt: skip
+        if average is not None:
+            state["ema"] = average.state_dict()
         saved = written("the metrics", run.sync) and written(
             "the checkpoint", lambda: checkpoint.save(run.checkpoints, method.student, state, config.keep_checkpoints)
         )
         written("the pictures", draw)
         return saved
 
+    def export() -> None:
+        line = checkpoint.export(method.student, run.exported)
+        logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
+        if average is not None:
+            line = checkpoint.export(average.model, run.exported_ema)
+            logger.info("the average of its weights:\n  %s", line)
+
     def draw() -> None:
         held_out.draw(run)
         run.show(step)
+
+    def evaluate() -> None:
+        held_out.evaluate(run, step, loader.epoch)
+        if average is not None and step > 0:
+            with average.swapped(method.student):
+                held_out.evaluate(run, step, loader.epoch, prefix="val_ema")
 
     reporter = Reporter(run.root / "train.log", config.steps, step, quiet=not group.is_main, losses=names)
     with (
@@ -160,7 +183,7 @@ def _train(config: RunConfig, group: Processes) -> Result:
         _announce(config, method, loader, group, step, source)
         warn_of_damage(found, step)
         if source is None and held_out is not None:
-            held_out.evaluate(run, step, loader.epoch)
+            evaluate()
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
         stop = group.agreed(interrupt.pressed)
@@ -168,27 +191,30 @@ def _train(config: RunConfig, group: Processes) -> Result:
             lr = lr_at(loader.epoch, **schedule)
             set_lr(optimizer, lr)
             reseed(device, config.seed, step, group.rank)
-            history[filled] = train_step(batches)
-            step, filled = step + 1, filled + 1
+            history.add(train_step(batches), train_step.indices)
+            step += 1
             method.after_step(step)
+            if average is not None:
+                average.update(method.student, step - 1, train_step.left_out if train_step.guard else None)
             reporter.step()
 
-            if filled >= config.log_every or step == config.steps:  # the only place where the host waits for the device
-                losses = _checked(group.mean(history[:filled]), names, step, run)
+            # Every log_every steps, and here alone, the host waits for the device.
+            if history.filled >= config.log_every or step == config.steps:
+                filled, found = history.filled, history.report(step)
                 elapsed = watch.seconds() - interval_start
                 row = dict(
-                    step=step, epoch=loader.epoch, lr=lr, **dict(zip(names, losses.mean(0).tolist())),
+                    step=step, epoch=loader.epoch, lr=lr, **found,
                     images_per_second=filled * config.accumulate * loader.global_batch / elapsed,
                     data_wait=(loader.wait_seconds - interval_wait) / elapsed,
                     skipped=group.total(loader.skipped), seconds=watch.seconds(),
                 )  # fmt: skip
-                filled, interval_start, interval_wait = 0, watch.seconds(), loader.wait_seconds
+                interval_start, interval_wait = watch.seconds(), loader.wait_seconds
                 if group.is_main:
                     run.add(row)
                     reporter.report(row)
             if held_out is not None and (step % config.val_every == 0 or step == config.steps):
                 with watch.pause():
-                    held_out.evaluate(run, step, loader.epoch)
+                    evaluate()
             if group.is_main:
                 timed = time.monotonic() - last_save > 60 * config.save_minutes
                 if timed or (config.save_every and step % config.save_every == 0):
@@ -201,39 +227,14 @@ def _train(config: RunConfig, group: Processes) -> Result:
         if group.is_main:
             complete = save()
             if finished:
-                complete &= written("the exported student", lambda: _export(method.student, run, step))
+                complete &= written("the exported student", export)
             elif complete:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
         group.barrier()  # a launcher ends all processes when the first one ends
         if not complete:
-            fix = "Make room where --out is; the same command then goes on from there"
-            raise TrainingError(f"step {step}: the end of the run is not written; {_last_good(run)}. {fix}")
+            fix = f"Make room where --out is: {how_to_go_on(run.root)}"
+            raise TrainingError(f"step {step}: the end of the run is not written. {fix}")
     return Result(run.root, step, finished, run.exported if finished else None, stop)
-
-
-def _checked(losses: Tensor, names: Sequence[str], step: int, run: RunFolder) -> Tensor:
-    """The losses [steps, names] on the CPU; TrainingError where one is not finite. `step` is the last of them."""
-    losses = losses.detach().cpu()
-    for row, values in enumerate(losses.tolist()):
-        if not all(math.isfinite(value) for value in values):
-            what = ", ".join(f"{name} is {value:.4g}" for name, value in zip(names, values))
-            raise TrainingError(_not_finite(step - len(losses) + row + 1, what, run))
-    return losses
-
-
-def _not_finite(step: int, what: str, run: RunFolder) -> str:
-    kept = _last_good(run)
-    return f"step {step}: {what}. Training stops; {kept}. Try a lower --blr, more --warmup-epochs, or --amp off"
-
-
-def _last_good(run: RunFolder) -> str:
-    good = checkpoint.find(run.root)
-    return f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
-
-
-def _export(student: nn.Module, run: RunFolder, step: int) -> None:
-    line = checkpoint.export(student, run.exported)
-    logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
 
 
 def _announce(

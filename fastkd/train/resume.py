@@ -16,10 +16,10 @@ from .track import RunFolder
 
 logger = logging.getLogger("fastkd")
 _NONE = checkpoint.Found(None, ())
-# What may differ between the two halves of a run: no weight depends on it.
+# What may differ between the two halves of a run: no weight of a healthy step depends on it.
 _FREE = frozenset(
-    "resume out workers device cuda_graph log_every save_every save_minutes keep_checkpoints trackers val_data "
-    "val_images val_every shard_teacher timeout_minutes".split()
+    "resume out workers device cuda_graph activation_checkpointing skip_nonfinite log_every save_every save_minutes "
+    "keep_checkpoints trackers val_data val_images val_every shard_teacher timeout_minutes".split()
 )
 
 
@@ -81,7 +81,7 @@ def check_same_run(config: RunConfig, given: dict, run: RunFolder) -> None:
     now, given = RunFolder.plain(config.as_dict()), RunFolder.plain(given)
     changed = [
         name for name in now
-        if name not in _FREE and now[name] != before.get(name)
+        if name not in _FREE and now[name] != before.get(name, now[name])
         and (name == "amp" or given[name] != facts.get(name))
     ]  # fmt: skip
     if changed:
@@ -94,18 +94,20 @@ def restore(
 ) -> dict:
     """Puts everything back to where the checkpoint was taken; returns its state (step, history, seconds ...).
 
-    Weight decay and betas stay those of `optimizer`, for a run continued into a new folder may change them, and so does
-    the form of its learning rate (a number, or the tensor that a CUDA graph reads).
+    Weight decay, betas and momentum stay those of `optimizer`, for a run continued into a new folder may change them,
+    and so does the form of its learning rate (a number, or the tensor that a CUDA graph reads).
 
     Raises:
         ConfigError: the checkpoint belongs to another model, is no file of fastkd, or the images changed.
     """
-    kept = ("weight_decay", "betas", "lr", "lr_scale", "capturable")
+    kept = ("weight_decay", "betas", "momentum", "lr", "lr_scale", "capturable")
     options = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     try:
         state = checkpoint.load_state(source)
         checkpoint.load_student(source, method.student)
         method.load_training_state(state["heads"])
+        if state.get("kind", kind := type(optimizer).__name__) != kind:
+            raise ValueError(f"optimizer: got {kind}, expected {state['kind']} as in the checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])

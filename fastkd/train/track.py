@@ -21,7 +21,7 @@ from .trackers import Tracker
 logger = logging.getLogger("fastkd")
 CONFIG, FACTS = "config.yaml", "run"
 HEADING = (
-    f"# What ran, in full: fastkd distill --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
+    f"# What ran, in full: its command with --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
 )
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
@@ -37,7 +37,7 @@ class RunFolder:
         root: the folder.
         checkpoints: ``checkpoints``, a folder.
         pictures: ``pictures``, a folder.
-        exported: ``exported/student_timm.safetensors``.
+        exported: ``exported/student_timm.safetensors``; exported_ema: ``exported/student_ema_timm.safetensors``.
         trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
     """
 
@@ -45,6 +45,7 @@ class RunFolder:
         self.root, self.writes = Path(root).expanduser(), writes
         self.checkpoints = self.root / "checkpoints"
         self.exported = self.root / "exported/student_timm.safetensors"
+        self.exported_ema = self.root / "exported/student_ema_timm.safetensors"
         self.pictures = self.root / "pictures"
         self.trackers: list[Tracker] = []
         self._metrics = self.root / "metrics.jsonl"

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fastkd.data import ImageSource
+
 
 @dataclasses.dataclass(kw_only=True)
 class ClassifierConfig(RunConfig):
     """A classifier that learns on class folders: the first folder level of --data is the class."""
 
+    data: Path
+    """Folder of images, where the first folder level is the class; or .tar archives, or what fastkd pack wrote of
+    them."""
+    val_data: Path | None = None
+    """Folder of held-out images in the same class folders: their accuracy (centre crops) goes to metrics.jsonl."""
     student: str
     """What learns: a timm name, or a run or checkpoint of fastkd to start from."""
     student_checkpoint: Path | None = None
@@ -81,25 +88,35 @@ class PairConfig(ClassifierConfig):
         return {side: tuple(int(p) if p.lstrip("-").isdigit() else p for p in here) for side, here in sides.items()}
 
 
+def class_folders(config: ClassifierConfig) -> tuple[list[str], list[str]]:
+    """Classes of the training images, and what is wrong with them."""
+    from fastkd.data import open_images
+
+    try:
+        folder = open_images(config.data)
+    except (OSError, ValueError) as error:
+        return [], [f"--data: {error}"]
+    return folder.classes, not_in_classes("data", folder, 2)
+
+
+def not_in_classes(argument: str, folder: ImageSource, least: int) -> list[str]:
+    """What is wrong with class folders: too few of them, or images outside; empty where nothing is."""
+    loose = sum(label < 0 for label in folder.labels)
+    if len(folder.classes) >= least and not loose:
+        return []
+    got = f"{len(folder.classes)} class folders" + (f" and {loose} images outside of them" if loose else "")
+    expected = "every image in one of two or more class folders" if least > 1 else "every image in a class folder"
+    return [problem(argument, got, expected)]
+
+
 def build_pair(config: ClassifierConfig) -> tuple[nn.Module, nn.Module | None, ClassifierConfig]:
     """Student, teacher (None without) and the config with image size and precision resolved; all problems at once."""
     import torch
 
-    from fastkd.data import open_images
     from fastkd.models.classifiers import load_classifier
     from fastkd.train.build import EXPECTED, weights_of
 
-    problems: list[str] = []
-    classes: list[str] = []
-    try:
-        folder = open_images(config.data)
-        classes = folder.classes
-        loose = sum(label < 0 for label in folder.labels)
-        if len(classes) < 2 or loose:
-            got = f"{len(classes)} class folders" + (f" and {loose} images outside of them" if loose else "")
-            problems.append(problem("data", got, "every image in one of two or more class folders"))
-    except (OSError, ValueError) as error:
-        problems.append(f"--data: {error}")
+    classes, problems = class_folders(config)
     shape = dict(num_classes=len(classes) or None, in_chans=config.in_chans, img_size=config.img_size)
     torch.manual_seed(config.seed)
     models: dict[str, nn.Module | None] = {"teacher": None}
@@ -116,13 +133,16 @@ def build_pair(config: ClassifierConfig) -> tuple[nn.Module, nn.Module | None, C
             problems.append(f"--{side}: {error}")
     if problems:
         raise ConfigError(problems)
-    return models["student"], models["teacher"], dataclasses.replace(config, img_size=_img_size(config, models))
+    return (
+        models["student"],
+        models["teacher"],
+        dataclasses.replace(config, img_size=image_size(config.img_size, models["student"], models["teacher"])),
+    )
 
 
-def _img_size(config: ClassifierConfig, models: dict[str, nn.Module | None]) -> tuple[int, int]:
-    """Given, or what student or teacher say of themselves, or 224."""
-    size = config.img_size
-    for model in (models["student"], models["teacher"]):
+def image_size(size: int | tuple[int, int] | None, *models: nn.Module | None) -> tuple[int, int]:
+    """The size that was given, or what the first model that knows says of itself, or 224."""
+    for model in models:
         known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if size is None and known is not None:
             size = tuple(known[1:])
