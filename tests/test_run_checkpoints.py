@@ -287,7 +287,7 @@ def test_a_run_on_a_failing_disk_can_be_resumed(finished, tmp_path, faults, from
         assert distill(eight_steps(finished, "failing")).finished
         assert_same_run(run, finished / "whole")
         assert rows(run) == rows(finished / "whole")
-    assert {ConfigError, TrainingError} <= ends and (from_then_on or True in ends)
+    assert {ConfigError, TrainingError if from_then_on else True} <= ends
 
 
 def test_a_full_disk_at_the_end_is_exit_code_1(finished, faults, capsys, monkeypatch):
