@@ -117,7 +117,7 @@ FOREIGN = dict(
     pytest="--dist",
     torchrun="--nnodes --nproc-per-node --rdzv-id --rdzv-backend --rdzv-endpoint --no-python --max-restarts "
     "--shutdown-timeout",
-    srun="--kill-on-bad-exit",
+    srun="--kill-on-bad-exit --signal",
 )
 
 

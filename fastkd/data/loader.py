@@ -250,10 +250,11 @@ def as_it_is(batch: Batch) -> Batch:
 
 def begin_worker(worker: int) -> None:
     """What every worker process begins with: who ends it, and when."""
-    # Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides, workers go on serving its last step.
+    # Ctrl-C and a scheduler's signals reach all processes: the main one decides, workers go on serving its last step.
     # They end with it: by its word, or when they see that it is gone. Should it wait for them without a word, as an
     # interpreter does that exits with an iterator alive, SIGTERM ends them after all, late.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     # torch's own watch compares parents, and misses a main process that was killed before a worker first looked.
     threading.Thread(target=_end_with_main, daemon=True).start()
