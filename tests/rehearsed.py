@@ -20,7 +20,8 @@ class Rehearsed:
     def capture(self, run):
         owner = run.func.__self__
         states = [t for s in owner.optimizer.state.values() for t in s.values()]
-        tensors = [owner.losses, *owner.model.parameters(), *states]
+        model = owner.model
+        tensors = [owner.losses, owner.left_out, *model.parameters(), *model.buffers(), *states]
         before, scaler = [t.detach().clone() for t in tensors], copy.deepcopy(owner.scaler.state_dict())
         try:
             run()

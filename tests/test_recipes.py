@@ -95,9 +95,13 @@ def test_mic(options, tmp_path, monkeypatch):
 
     def config(name):
         extra = dict(student="test_resnet", img_size=32, block_size=8, target=other, scale=(0.9, 1.0))
+        extra |= dict(ema=0.9, skip_nonfinite=1)  # beside the average that teaches
         return MICConfig(out=tmp_path / name, **extra, **options)
 
-    rows = metrics(assert_resumes(config, monkeypatch).run)
+    run = assert_resumes(config, monkeypatch).run
+    average, student = (load_file(run / f"exported/student{name}_timm.safetensors") for name in ("_ema", ""))
+    assert average.keys() == student.keys() and not torch.equal(average["conv1.0.weight"], student["conv1.0.weight"])
+    rows = metrics(run)
     first = next(row for row in rows if "consistency_loss" in row)
     assert first["consistency_loss"] > 0 and 0 < first["confidence"] <= 1
     with pytest.raises(ConfigError, match="--target: got .*nowhere, expected an existing folder"):

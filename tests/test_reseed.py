@@ -19,6 +19,12 @@ from fastkd.train.reseed import reseed
 HERE = torch.device(DEVICE)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr("fastkd.train.held_out.HeldOut.draw", lambda self, run: None)
+
+
 def drawn() -> tuple:
     """One number of each generator that a library may use."""
     return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), device=HERE).item()

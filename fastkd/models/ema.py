@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,19 @@ class EMATeacher(nn.Module):
         return min(1 - 1 / (step + 1), self.alpha) if self.warmup else self.alpha
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: nn.Module, step: int, left_out: Tensor | None = None) -> None:
         """Moves the teacher towards `model`.
+
+        Args:
+            step: number of the update, counted from 0.
+            left_out: 0-d, on the device: where it is 1 the teacher stays as it is, and the host need not know.
 
         Raises:
             ValueError: its parameters differ from the teacher's in name or shape.
         """
         model, share = _plain(model), self.share(step)
+        if left_out is not None:
+            share = 1 - (1 - share) * (1 - left_out.double())
         _average(_paired("parameter", self.model.named_parameters(), model.named_parameters()), share)
         if self.buffers_rule != "keep":
             pairs = _paired("buffer", self.model.named_buffers(), model.named_buffers())
@@ -80,6 +87,21 @@ class EMATeacher(nn.Module):
     def forward(self, *args, **kwargs):
         """The teacher's answer, without gradient."""
         return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` computes with the average's weights and the average with the model's; nothing is copied."""
+        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, _plain(model)))
+
+        def swap() -> None:
+            for a, b in zip(mine, theirs):
+                a.data, b.data = b.data, a.data
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, warmup={self.warmup}, buffers={self.buffers_rule}, mode={self.mode}"
@@ -112,9 +134,10 @@ def _paired(
     return [(value, theirs[name]) for name, value in mine.items()]
 
 
-def _average(pairs: list[tuple[Tensor, Tensor]], share: float) -> None:
-    copied = [(a, b) for a, b in pairs if share == 0 or not a.is_floating_point()]
-    averaged = [(a, b) for a, b in pairs if share != 0 and a.is_floating_point()]
+def _average(pairs: list[tuple[Tensor, Tensor]], share: float | Tensor) -> None:
+    copy_all = not isinstance(share, Tensor) and share == 0
+    copied = [(a, b) for a, b in pairs if copy_all or not a.is_floating_point()]
+    averaged = [(a, b) for a, b in pairs if not copy_all and a.is_floating_point()]
     if copied:
         torch._foreach_copy_(*map(list, zip(*copied)))
     if averaged:

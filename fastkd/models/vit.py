@@ -6,11 +6,13 @@ NCHW, or uint8 NHWC with mean and std folded into the patch embedding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastkd import ops
 from fastkd.ops.blocks.linear import Linear
@@ -93,6 +95,21 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def recomputed(compute: Callable) -> Callable:
+    """A way through a `Block` that keeps only its inputs where the block says `recompute`: it runs again in backward.
+
+    With the same random numbers and under the same autocast (`torch.utils.checkpoint`), hence to the same bits.
+    """
+
+    @functools.wraps(compute)
+    def run(self: Block, *args, **kwargs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(compute, self, *args, use_reentrant=False, **kwargs)
+        return compute(self, *args, **kwargs)
+
+    return run
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x))."""
 
@@ -108,7 +125,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = 0.0  # see `VisionTransformer.set_drop_path`
+        self.recompute = False  # see `VisionTransformer.set_grad_checkpointing`
 
+    @recomputed
     def forward(self, x: Tensor, delta: Tensor | None = None, first_query: int = 0) -> tuple[Tensor, Tensor]:
         """One block on a residual stream whose last addition is still open.
 
@@ -124,15 +143,18 @@ class Block(nn.Module):
         x, h = layer_norm(self.norm1, x, delta)
         return self._finish(tail(x, first_query), self.attn(h, first_query))
 
+    @recomputed
     def from_qkv(self, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The block where norm1 and the qkv projection [B, T, 3 D] are already done."""
         return self._finish(x, self.attn.attend(qkv))
 
+    @recomputed
     def class_row(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The block for token 0 alone, all T tokens as keys and values: (x, delta), [B, 1, D] each."""
         x, h = layer_norm(self.norm1, x, delta)
         return self._finish(head(x, 1), self.attn.cross(head(h, 1).contiguous(), h))
 
+    @recomputed
     def cross(self, x: Tensor, delta: Tensor | None, context: Tensor) -> tuple[Tensor, Tensor]:
         """The block with keys and values from context [B, Tk, D] instead of x + delta [B, Tq, D]."""
         x, h = layer_norm(self.norm1, x, delta)
@@ -260,6 +282,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"set_drop_path: rate: got {rate}, expected a number in [0, 1)")
         for index, block in enumerate(self.blocks):
             block.drop_path = rate * index / max(self.depth - 1, 1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes blocks, those of a decoder too, again in backward instead of keeping what is inside of them."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = enable
 
     def truncate(self, depth: int) -> None:
         """Keeps the first `depth` blocks only; the final norm goes with the others, since taps are raw outputs."""

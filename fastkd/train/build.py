@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastkd import _native
 from fastkd.data import ImageLoader, PackedImages, PairedLoader, open_images
@@ -18,21 +19,15 @@ from fastkd.models.mae import SIZES
 from fastkd.models.quantized import why_not_fast
 from fastkd.models.saving import encoder
 
-from . import checkpoint
+from .checkpoint import weights_of
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, own_cores
-from .optimizer import adamw
+from .optimizer import make_optimizer
 
 _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # What loading a model reports when the source is wrong, as opposed to a bug.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-
-
-def weights_of(source: str | Path) -> str | Path:
-    """The weights file of a fastkd run or checkpoint; any other source unchanged."""
-    folder = checkpoint.find(Path(source))
-    return source if folder is None else folder / checkpoint.STUDENT
 
 
 def build_student(config: DistillConfig) -> MaskedAutoencoderViT:
@@ -162,13 +157,30 @@ def choose_amp(amp: str, device: torch.device) -> str:
 def build_optimizer(config: RunConfig, method: nn.Module, capturable: bool) -> torch.optim.Optimizer:
     """The optimiser of a run; ConfigError where its package is missing or cannot run on this device."""
     device = next(method.parameters()).device
-    if config.optimizer == "apex" and device.type != "cuda":
-        raise ConfigError([problem("optimizer", "apex", f"adamw on {device}", "apex has kernels for GPUs alone")])
-    groups = config.param_groups(method)
+    kind = config.optimizer
+    if kind.startswith("apex") and device.type != "cuda":
+        instead = "lamb" if kind == "apex-lamb" else "adamw"
+        raise ConfigError([problem("optimizer", kind, f"{instead} on {device}", "apex has kernels for GPUs alone")])
+    options = dict(betas=config.betas, momentum=config.momentum, capturable=capturable)
     try:
-        return adamw(groups, config.lr, betas=config.betas, kind=config.optimizer, capturable=capturable)
+        return make_optimizer(kind, config.param_groups(method), config.lr, **options)
     except ImportError as error:
-        raise ConfigError([f"--optimizer apex: {error}"]) from error
+        raise ConfigError([f"--optimizer {kind}: {error}"]) from error
+
+
+def recompute_activations(config: RunConfig, method: nn.Module) -> None:
+    """Makes the student keep less for backward where the config asks for it; ConfigError where it cannot."""
+    if not config.activation_checkpointing:
+        return
+    student, argument = method.student, "activation_checkpointing"
+    if any(isinstance(module, _NormBase) and module.track_running_stats for module in student.modules()):
+        what = f"{type(student).__name__} with BatchNorm, whose statistics would see each batch twice"
+        raise ConfigError([problem(argument, what, "a ViT or another model without BatchNorm")])
+    try:
+        student.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # no such method; timm's answer of a model that cannot
+        what = f"{type(student).__name__}, which cannot compute its blocks again"
+        raise ConfigError([problem(argument, what, "a ViT or another model of timm's")]) from error
 
 
 def build_loader(config: RunConfig, group: Processes) -> tuple[ImageLoader | PairedLoader, RunConfig]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,6 +33,17 @@ def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
     return f"--{argument.replace('_', '-')}: got {got}, expected {expected}" + (f"; {fix}" if fix else "")
 
 
+def why_not_writable(folder: Path) -> str:
+    """Why nothing can be written to a folder, or beside it where it has yet to be made; empty where it can."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+    return ""
+
+
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(abc.ABC):
     """A training run on a folder of images."""
@@ -39,10 +51,10 @@ class RunConfig(abc.ABC):
     GROUPS: ClassVar[dict[str, str]] = {  # of --help
         "Data": "img_size in_chans scale loader workers",
         "Length and learning rate": "epochs steps warmup_epochs batch_size accumulate blr lr min_lr",
-        "Optimiser": "optimizer weight_decay betas",
+        "Optimiser": "optimizer weight_decay betas momentum clip_grad skip_nonfinite ema",
         "Held-out images": "val_data val_images val_every",
-        "Saving and resuming": "resume save_minutes save_every log_every trackers",
-        "Machine": "device amp cuda_graph shard_teacher timeout_minutes seed",
+        "Saving and resuming": "resume save_minutes save_every keep_checkpoints log_every trackers",
+        "Machine": "device amp cuda_graph activation_checkpointing shard_teacher timeout_minutes seed",
     }
 
     SHARDS_TEACHER: ClassVar[bool] = False  # whether its teacher is only ever called as a whole
@@ -73,11 +85,28 @@ class RunConfig(abc.ABC):
     min_lr: float = 0.0
     """Learning rate at the end."""
     weight_decay: float = 0.05
-    """AdamW weight decay of matrices, convolutions and tokens (never of norms and biases)."""
+    """Weight decay of matrices, convolutions and tokens (never of norms and biases). SGD and LARS add it to the
+    gradient, where much less is usual."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas."""
-    optimizer: Literal["adamw", "apex"] = "adamw"
-    """AdamW of torch (fused), or of NVIDIA's apex where that is built from source (GPUs only)."""
+    """Betas of AdamW and LAMB."""
+    momentum: float = 0.9
+    """Momentum of SGD and LARS."""
+    optimizer: Literal["adamw", "apex", "lamb", "lars", "sgd", "apex-lamb"] = "adamw"
+    """adamw: torch's, fused; sgd: torch's, with --momentum; lamb, lars: timm's, for large batches (without CUDA graph);
+    apex, apex-lamb: AdamW and LAMB of NVIDIA's apex where that is built from source (GPUs only)."""
+    clip_grad: float | None = None
+    """Shorten the gradient of all parameters to this norm where it is longer; its norm before that goes to
+    metrics.jsonl as grad_norm."""
+    skip_nonfinite: int = 0
+    """Steps whose losses or gradients may be NaN or infinite before the run stops: weights, optimiser and averages stay
+    as they were, and the batch's files are listed in nonfinite. 0 stops at the first one. Costs a look at the gradient
+    per step; lamb, lars and the apex ones also wait for the device then."""
+    ema: float | None = None
+    """Average the student's weights too, this share (such as 0.9999) of the average staying at each step, less in the
+    first steps: min(share, 1 - 1/step). It is judged as val_ema_... and exported as student_ema_timm.safetensors."""
+    activation_checkpointing: bool = False
+    """Compute the student's blocks again in backward instead of keeping what is inside of them: the same numbers from
+    less memory, but slower (and without CUDA graph)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image that a random crop covers, smallest and largest."""
     loader: Literal["auto", "pil", "packed", "dali"] = "auto"
@@ -110,12 +139,14 @@ class RunConfig(abc.ABC):
     """Who else gets these lines and the pictures: tensorboard (files in the run folder), wandb (WANDB_MODE=offline
     keeps them there as well)."""
     save_minutes: float = 5.0
-    """Minutes between two checkpoints."""
+    """Minutes between two checkpoints. Ctrl-C, SIGTERM and SIGUSR1 save as well, and exit with 130, 143 and 138."""
     save_every: int = 0
     """Steps between two checkpoints, besides save_minutes; 0: by time only."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest; while one is saved there is room for one more."""
     resume: str = "auto"
-    """auto continues the run in --out where there is one; never refuses to; a path continues that run or checkpoint
-    into --out."""
+    """auto continues the run in --out, where there is one, from its newest checkpoint whose checksums are right; never
+    refuses to; a path continues that run or checkpoint into --out."""
 
     @property
     def find_unused(self) -> bool:
@@ -160,11 +191,13 @@ class RunConfig(abc.ABC):
                 found.append(problem(argument, folder, "an existing folder of images, or .tar file", "check the path"))
         out = Path(self.out).expanduser()
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
+        why_not = why_not_writable(out)
+        self._need(found, "out", not why_not, "a folder that can be written", why_not)
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
         self._need(found, "img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in "batch_size accumulate log_every".split():
+        for argument in "batch_size accumulate log_every keep_checkpoints".split():
             self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
-        for argument in "seed min_lr weight_decay val_images val_every save_every save_minutes".split():
+        for argument in "seed min_lr weight_decay val_images val_every save_every save_minutes skip_nonfinite".split():
             self._need(found, argument, getattr(self, argument) >= 0, "at least 0")
         self._need(found, "epochs", self.epochs > 0, "a positive number")
         self._need(found, "steps", self.steps is None or self.steps >= 1, "at least 1")
@@ -175,6 +208,10 @@ class RunConfig(abc.ABC):
         self._need(found, "blr", self.blr > 0, "a positive number")
         self._need(found, "lr", self.lr is None or self.lr > 0, "a positive number")
         self._need(found, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        self._need(found, "momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
+        self._need(found, "clip_grad", self.clip_grad is None or self.clip_grad > 0, "a positive number")
+        share = self.ema
+        self._need(found, "ema", share is None or 0 < share < 1, "a number between 0 and 1", "0.9999 is usual")
         good = 0 < self.scale[0] <= self.scale[1] <= 1
         self._need(found, "scale", good, "two numbers 0 < smallest <= largest <= 1")
         self._need(found, "timeout_minutes", self.timeout_minutes > 0, "a positive number")

@@ -17,7 +17,6 @@ from fastkd.methods.dmae import DMAE
 
 from .build import choose_workers
 from .config import ConfigError, DistillConfig, RunConfig
-from .distributed import own_cores
 from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
@@ -35,7 +34,7 @@ class HeldOut:
         self.noise = torch.rand(len(self.images), method.student.num_patches, generator=generator)
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -44,7 +43,7 @@ class HeldOut:
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 result = self.method(images.to(self.device), self.config.mask_ratio, noise.to(self.device))
             total += torch.stack([result[name].float() for name in LOSSES]).cpu() * len(images)
-        means = dict(zip([f"val_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
+        means = dict(zip([f"{prefix}_{name}" for name in LOSSES], (total / len(self.images)).tolist()))
         _tell(run, step, epoch, means)
 
     def draw(self, run: RunFolder) -> None:
@@ -78,7 +77,7 @@ class HeldOutLosses:
             self.keys = torch.arange(len(self.images)) + config.seed
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with the mean held-out losses to metrics.jsonl; nothing without --val-data."""
         if self.config.val_data is None:
             return
@@ -90,7 +89,7 @@ class HeldOutLosses:
                 result = self.method(images.to(self.device), keys.to(self.device))
             total += torch.stack([result[name].float() for name in names]).cpu() * len(images)
         self.method.train(was_training)
-        _tell(run, step, epoch, dict(zip([f"val_{name}" for name in names], (total / len(self.images)).tolist())))
+        _tell(run, step, epoch, dict(zip([f"{prefix}_{name}" for name in names], (total / len(self.images)).tolist())))
 
     def draw(self, run: RunFolder) -> None:
         """Writes the loss curves."""
@@ -118,8 +117,8 @@ class HeldOutClasses:
             raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(self.classes)}"])
         self.labels = torch.tensor([self.classes.index(folder.classes[label]) for label in folder.labels])
         indices = _some(folder, config)
-        cores = len(own_cores())  # other processes wait meanwhile
-        workers = choose_workers(config.workers, device.type == "cuda", cores) if len(indices) > FEW else 0
+        # All cores: other processes wait meanwhile.
+        workers = choose_workers(config.workers, device.type == "cuda") if len(indices) > FEW else 0
         self.crops = CenterCrops(
             folder, config.img_size, config.batch_size, channels=config.in_chans, indices=indices, workers=workers
         )
@@ -128,12 +127,12 @@ class HeldOutClasses:
             raise ConfigError([f"--val-data: {folder.root}: no image can be read"])
 
     @torch.no_grad()
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         """Adds a line with val_loss, val_accuracy and, of many classes, val_top5 to metrics.jsonl, with --val-data."""
         if self.config.val_data is not None:
-            self.judge(run, step, epoch)
+            self.judge(run, step, epoch, prefix)
 
-    def judge(self, run: RunFolder, step: int, epoch: float) -> Score:
+    def judge(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> Score:
         """`evaluate`, and what it found."""
         student = self.method.student
         was_training, loss, ranked, seen = student.training, 0.0, [], []
@@ -146,8 +145,8 @@ class HeldOutClasses:
             seen.append(indices)
         student.train(was_training)
         found = score(torch.cat(ranked), self.labels[torch.cat(seen)], self.classes)
-        top5 = {} if found.top5 is None else dict(val_top5=found.top5)
-        _tell(run, step, epoch, dict(val_loss=loss / found.images, val_accuracy=found.top1, **top5))
+        values = dict(loss=loss / found.images, accuracy=found.top1, top5=found.top5)
+        _tell(run, step, epoch, {f"{prefix}_{name}": value for name, value in values.items() if value is not None})
         return found
 
     def draw(self, run: RunFolder) -> None:
@@ -161,23 +160,30 @@ class HeldOutClasses:
 class FinalClasses(HeldOutClasses):
     """`HeldOutClasses` that leaves a result.json in the run folder after the last step."""
 
-    def evaluate(self, run: RunFolder, step: int, epoch: float) -> None:
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._final: dict[str, dict] = {}  # by prefix: of the weights, and of their average where there is one
+
+    @torch.no_grad()
+    def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         if self.config.val_data is None:
             return
-        with torch.no_grad():
-            found = self.judge(run, step, epoch)
+        found = self.judge(run, step, epoch, prefix)
         if step < self.config.steps:
             return
-        best = max((row for row in run.metrics() if "val_accuracy" in row), key=lambda row: row["val_accuracy"])
+        name = f"{prefix}_accuracy"
+        best = max((row for row in run.metrics() if name in row), key=lambda row: row[name])
+        self._final[prefix] = {**found.as_dict(), "best": dict(top1=best[name], step=best["step"])}
         result = dict(
-            format="fastkd-finetune", version=1, **found.as_dict(), step=step, unreadable=len(self.crops.failures),
-            best=dict(top1=best["val_accuracy"], step=best["step"]), classes=self.classes,
+            format="fastkd-finetune", version=1, **self._final["val"], ema=self._final.get("val_ema"), step=step,
+            unreadable=len(self.crops.failures), classes=self.classes,
         )  # fmt: skip
         write_json(result, run.root / "result.json")
         low, high = found.interval
         logger.info(
-            "top-1 %.2f %% (95 %% interval %.2f to %.2f) of %d held-out images; best during the run %.2f %% at step %d",
-            100 * found.top1, 100 * low, 100 * high, found.images, 100 * best["val_accuracy"], best["step"],
+            "%s: top-1 %.2f %% (95 %% interval %.2f to %.2f) of %d held-out images; best during the run %.2f %% at "
+            "step %d", "averaged weights" if prefix == "val_ema" else "last weights",
+            100 * found.top1, 100 * low, 100 * high, found.images, 100 * best[name], best["step"],
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""One training step: teacher, student, backward and AdamW; on a GPU as one CUDA graph.
+"""One training step: teacher, student, backward and the optimiser; on a GPU as one CUDA graph.
 
 A step of many small kernels is bound by their launches. A graph launches them all at once, provided that nothing in it
 depends on the host: pictures and keys of the masks come in static buffers, the learning rate is a tensor, losses go to
-a static tensor, and the scale of float16 gradients stays on the device.
+a static tensor, and the scale of float16 gradients stays on the device, as does the word whether a step is left out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from fastkd.data import Batch
 
 from .config import RunConfig
 from .distributed import Processes
+from .optimizer import capturable, skips_on_device
 from .track import LOSSES
 
 logger = logging.getLogger("fastkd")
+GRAD_NORM = "grad_norm"
 
 
 class CudaGraphs:
@@ -51,10 +53,12 @@ class CudaGraphs:
 def choose_graphs(config: RunConfig, group: Processes) -> CudaGraphs | None:
     """Graphs for one process on a GPU, unless --no-cuda-graph.
 
-    Several processes run eagerly: DistributedDataParallel overlaps its all-reduce with backward.
+    Several processes run eagerly: DistributedDataParallel overlaps its all-reduce with backward. So do optimisers that
+    count their steps on the host, and steps that run parts of forward again: their generators are set on the host.
     """
     wanted = config.cuda_graph and group.device.type == "cuda" and group.world_size == 1
-    return CudaGraphs(group.device) if wanted else None
+    counted = not capturable(config.optimizer, guard=config.skip_nonfinite > 0)
+    return CudaGraphs(group.device) if wanted and not counted and not config.activation_checkpointing else None
 
 
 class TrainingStep:
@@ -70,6 +74,10 @@ class TrainingStep:
         amp: dtype of autocast; None computes in the dtype of the weights.
         accumulate: micro-batches per step, all of one shape.
         scaler: scales the loss for float16; default none.
+        clip_grad: largest norm of the gradient of all parameters; a longer one is shortened to it.
+        guard: leaves a step out whose losses or gradients are not finite: weights, optimiser state and buffers
+            (statistics of BatchNorm) stay as they were. Decided on the device, in all processes alike; only for an
+            optimiser that cannot skip there (`skips_on_device`) the host waits for the answer.
         group: processes that average their gradients; default this one alone.
         graphs: captures the step; None runs it eagerly.
 
@@ -79,7 +87,10 @@ class TrainingStep:
     A capture that fails is reported once; training goes on eagerly.
 
     Attributes:
+        names: of the columns of `losses`; ``grad_norm``, before clipping, is the last one with clip_grad or guard.
         losses: [number of names] float32 on the device, means over the last step; overwritten by the next.
+        left_out: 0-d float32 on the device, 1 where the last step was left out (always 0 without guard).
+        indices: of the images of the last step, one tensor per micro-batch.
     """
 
     WARM_UP = 3
@@ -95,23 +106,33 @@ class TrainingStep:
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
+        clip_grad: float | None = None,
+        guard: bool = False,
         group: Processes | None = None,
         graphs: CudaGraphs | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
-        self.model, self.optimizer, self.mask_ratio, self.names = model, optimizer, mask_ratio, tuple(names)
-        self.reads = tuple(reads)
+        self.model, self.optimizer, self.mask_ratio, self.reads = model, optimizer, mask_ratio, tuple(reads)
+        self.clip_grad, self.guard, self._losses = clip_grad, guard, tuple(names)
+        self.names = (*self._losses, GRAD_NORM) if clip_grad is not None or guard else self._losses
         self.amp, self.accumulate, self.graphs = amp, accumulate, graphs
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         self.group = group or Processes(0, 1, self.device)
         self.losses = torch.zeros(len(self.names), device=self.device)
+        self.left_out = torch.zeros((), device=self.device)
+        self.indices: list[Tensor] = []
+        # What a forward pass changes, with the place where it is kept until the step is known to be good.
+        changed = [b for b in model.buffers() if b.is_floating_point()] if guard else []
+        self._buffers = changed, [torch.empty_like(b) for b in changed]
         self._inputs: tuple[Tensor, ...] | None = None
         self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
         self._done = 0
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Takes `accumulate` batches on the device, updates the weights and returns `losses`. Never waits for a GPU."""
+        self.indices = []
         for micro, batch in zip(range(self.accumulate), batches):
+            self.indices.append(batch.indices)
             kind = micro == 0, micro == self.accumulate - 1
             if self.graphs is None:
                 self._run([getattr(batch, name) for name in self.reads], *kind)
@@ -121,6 +142,8 @@ class TrainingStep:
         return self.losses
 
     def _run(self, inputs: Sequence[Tensor], first: bool, last: bool) -> None:
+        if first and self._buffers[0]:
+            torch._foreach_copy_(*reversed(self._buffers))
         with self.group.synchronise(self.model, last):
             # A graph must not find 16-bit copies of weights that autocast made outside of it.
             cached = self.graphs is None
@@ -130,14 +153,46 @@ class TrainingStep:
                 else:
                     images, keys = inputs
                     result = self.model(images, self.mask_ratio, keys=keys)
-            self.scaler.scale(result["loss"] / self.accumulate).backward()
-        losses = torch.stack([result[name].detach().float() for name in self.names]) / self.accumulate
-        self.losses.copy_(losses if first else self.losses + losses)
+            losses = torch.stack([result[name].detach().float() for name in self._losses]) / self.accumulate
+            loss = result["loss"]
+            if self.guard:  # NaN for all gradients where any loss is not finite: processes exchange those, not losses
+                loss = loss * (1 + 0 * losses.sum())
+            self.scaler.scale(loss / self.accumulate).backward()
+        sums = self.losses[: len(losses)]
+        sums.copy_(losses if first else sums + losses)
         if last:
-            self.scaler.step(self.optimizer)
+            self._update()
             self.scaler.update()
             # To None, not to zero: backward then writes gradients instead of adding to them, in a graph as well.
             self.optimizer.zero_grad()
+
+    def _update(self) -> None:
+        """The optimiser's step, or none."""
+        if self.names != self._losses:
+            self._measure()
+        if not self.guard or self.scaler.is_enabled():  # a scaler leaves steps out by itself
+            self.scaler.step(self.optimizer)
+        elif skips_on_device(self.optimizer):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.left_out
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not self.left_out.item():
+            self.optimizer.step()
+        for now, before in zip(*self._buffers):
+            torch.where(self.left_out > 0, before, now, out=now)
+
+    def _measure(self) -> None:
+        """The norm of the gradient, its clipping, and whether the step is left out."""
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        self.losses[-1] = norm
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.clip_grad, norm)
+        if self.guard:
+            self.left_out.copy_(~norm.isfinite())
 
     def _run_graphed(self, batch: Batch, first: bool, last: bool) -> None:
         inputs = self._load(batch)

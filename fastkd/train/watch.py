@@ -39,13 +39,13 @@ class Watch:
     Args:
         rank: of this process.
         names: of all processes, for messages.
-        group: a gloo group of its own: with a collective that times out its connections break.
+        group: of all of them, by gloo, for hosts alone.
         advice: what the user can do, asked for when it is needed.
     """
 
     def __init__(self, rank: int, names: list[str], group: ProcessGroup, advice: Callable[[], str]) -> None:
         self._names, self._rank, self._group, self._advice = names, rank, group, advice
-        self._ending, self._heard = threading.Event(), threading.Event()
+        self._ending, self._heard, self._once = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="fastkd-watch", daemon=True)
         self._thread.start()
 
@@ -75,6 +75,9 @@ class Watch:
         self._thread.join(_OWN_WORDS)
 
     def _tell(self, news: str) -> None:
+        """Sends it to the right neighbour, who waits for one message and no more."""
+        if not self._once.acquire(blocking=False):
+            return
         message = torch.zeros(_LENGTH, dtype=torch.uint8)
         text = news.encode()[:_LENGTH]
         message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
@@ -87,14 +90,16 @@ class Watch:
         try:
             torch.distributed.irecv(message, left, self._group, _TAG).wait(_FOREVER)
             news = bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore")
-            if not news or self._ending.wait(_OWN_WORDS):
-                return
+            patience = _OWN_WORDS
         except RuntimeError as error:
             late = "Timed out" in str(error) or "timeout" in str(error)
-            news = f"{self._names[left]} " + ("has not answered for --timeout-minutes" if late else "was killed")
-            if self._ending.is_set():
-                return
+            news = f"{self._names[left]} " + ("has not answered for --timeout-minutes" if late else "has died")
+            patience = 0.0
+        if not news or self._ending.is_set():
+            return
+        self._tell(news)
+        if self._ending.wait(patience):
+            return
         self._heard.set()
         logger.error("another process of this run is gone: %s. This one stops, too; %s", news, self._advice())
-        self._tell(news)
         os._exit(_FAILED)  # the main thread may wait in a collective for ever

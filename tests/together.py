@@ -1,4 +1,4 @@
-"""Two processes that train together, forked from one that has already imported everything."""
+"""Processes that train together, forked from one that has already imported everything."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def slurm(rank: int, job: int, count: int = 2) -> dict[str, str]:
     )  # fmt: skip
 
 
-def run_pair(target: Callable[..., object], *arguments, seconds: float = 60) -> list[Ended]:
-    """Calls ``target(rank, *arguments)`` in two processes, as srun would start them; what became of each."""
+def run_together(target: Callable[..., object], *arguments, count: int = 2, seconds: float = 60) -> list[Ended]:
+    """Calls ``target(rank, *arguments)`` in each of `count` processes, as srun starts them; what became of them."""
     job = _free_job()
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / str(rank) for rank in range(2)]
-        pair = [
-            _context.Process(target=_start, args=(slurm(rank, job), log, target, rank, *arguments))
+        logs = [Path(folder) / str(rank) for rank in range(count)]
+        together = [
+            _context.Process(target=_start, args=(slurm(rank, job, count), log, target, rank, *arguments))
             for rank, log in enumerate(logs)
         ]
-        for process in pair:
+        for process in together:
             process.start()
-        for process in pair:
+        for process in together:
             process.join(seconds)
-        hanging = [process for process in pair if process.exitcode is None]
+        hanging = [process for process in together if process.exitcode is None]
         for process in hanging:
             process.kill()
             process.join()
-        ended = [Ended(process.exitcode, log.read_text()) for process, log in zip(pair, logs)]
+        ended = [Ended(process.exitcode, log.read_text()) for process, log in zip(together, logs)]
     assert not hanging, f"got a process that hangs: {ended}"
     return ended
 
