@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from test_cli import as_arguments, fastkd
 from tiny_run import tiny_config
 
+from fastkd.evaluation.config import EvalConfig
 from fastkd.help import grouped, show
 from fastkd.options import RECIPES, parse, read_config, recipe_names
 from fastkd.train import ConfigError, DistillConfig
 from fastkd.train.config import PretrainConfig, RunConfig
 from fastkd.train.recipes import METHODS, config_of
+from fastkd.train.recipes.finetune import FinetuneConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -113,13 +116,18 @@ def test_recipes_are_configs(name, tmp_path, capsys):
     options = read_config(name)
     (tmp_path / "pictures").mkdir()
     arguments = ["--config", name, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")]
-    config = parse(config_of(options.get("method", "dmae")), arguments)
+    target = FinetuneConfig if options["method"] == "finetune" else config_of(options["method"])
+    config = parse(target, arguments if "student" in options else ["runs/student", *arguments])
     assert all(getattr(config, key) is not None for key in options)
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
     assert fastkd(capsys, "recipes", name)[1] == (RECIPES / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("target", [PretrainConfig, *(config_of(name) for name in METHODS)], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "target",
+    [PretrainConfig, FinetuneConfig, EvalConfig, *(config_of(name) for name in METHODS)],
+    ids=lambda t: t.__name__,
+)
 def test_help_shows_every_option_once_and_says_what_it_is(target):
     shown = io.StringIO()
     show(target, "fastkd command", shown)
@@ -128,8 +136,8 @@ def test_help_shows_every_option_once_and_says_what_it_is(target):
     hidden = getattr(target, "HIDDEN", "").split()
     assert sorted(names + hidden) == sorted(field.name for field in dataclasses.fields(target))
     for name in names:
-        head = text.index(f"  --{name.replace('_', '-')}")
-        line, explained = text[head:].split("\n", 2)[:2]
+        (head,) = re.findall(rf"^  (?:--{name.replace('_', '-')}|{name.upper()})(?: .*)?$", text, re.MULTILINE)
+        line, explained = text[text.index(f"  {head.strip()}\n") :].split("\n", 2)[:2]
         assert explained.startswith(" " * 8) and explained.strip(), line
     own = {field.name for field in dataclasses.fields(RunConfig)} - {"data", "out"}
     assert own == {name for names in RunConfig.GROUPS.values() for name in names.split()}  # nothing without a group

@@ -17,7 +17,6 @@ from fastkd.methods.dmae import DMAE
 
 from .build import choose_workers
 from .config import ConfigError, DistillConfig, RunConfig
-from .distributed import own_cores
 from .track import LOSSES, RunFolder
 
 logger = logging.getLogger("fastkd")
@@ -118,8 +117,8 @@ class HeldOutClasses:
             raise ConfigError([f"--val-data: got {got}, expected those of --data: {', '.join(self.classes)}"])
         self.labels = torch.tensor([self.classes.index(folder.classes[label]) for label in folder.labels])
         indices = _some(folder, config)
-        cores = len(own_cores())  # other processes wait meanwhile
-        workers = choose_workers(config.workers, device.type == "cuda", cores) if len(indices) > FEW else 0
+        # All cores: other processes wait meanwhile.
+        workers = choose_workers(config.workers, device.type == "cuda") if len(indices) > FEW else 0
         self.crops = CenterCrops(
             folder, config.img_size, config.batch_size, channels=config.in_chans, indices=indices, workers=workers
         )
@@ -146,9 +145,8 @@ class HeldOutClasses:
             seen.append(indices)
         student.train(was_training)
         found = score(torch.cat(ranked), self.labels[torch.cat(seen)], self.classes)
-        top5 = {} if found.top5 is None else {f"{prefix}_top5": found.top5}
-        scores = {f"{prefix}_loss": loss / found.images, f"{prefix}_accuracy": found.top1, **top5}
-        _tell(run, step, epoch, scores)
+        values = dict(loss=loss / found.images, accuracy=found.top1, top5=found.top5)
+        _tell(run, step, epoch, {f"{prefix}_{name}": value for name, value in values.items() if value is not None})
         return found
 
     def draw(self, run: RunFolder) -> None:
@@ -162,27 +160,30 @@ class HeldOutClasses:
 class FinalClasses(HeldOutClasses):
     """`HeldOutClasses` that leaves a result.json in the run folder after the last step."""
 
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._final: dict[str, dict] = {}  # by prefix: of the weights, and of their average where there is one
+
+    @torch.no_grad()
     def evaluate(self, run: RunFolder, step: int, epoch: float, prefix: str = "val") -> None:
         if self.config.val_data is None:
             return
-        with torch.no_grad():
-            found = self.judge(run, step, epoch, prefix)
+        found = self.judge(run, step, epoch, prefix)
         if step < self.config.steps:
             return
-        accuracy = f"{prefix}_accuracy"
-        best = max((row for row in run.metrics() if accuracy in row), key=lambda row: row[accuracy])
-        scores = dict(**found.as_dict(), best=dict(top1=best[accuracy], step=best["step"]))
-        if prefix == "val":
-            facts = dict(step=step, unreadable=len(self.crops.failures), classes=self.classes)
-            self.result = dict(format="fastkd-finetune", version=1, **scores, **facts)
-        else:
-            self.result["ema"] = scores  # of the averaged weights, which are judged after the others
-        write_json(self.result, run.root / "result.json")
+        name = f"{prefix}_accuracy"
+        best = max((row for row in run.metrics() if name in row), key=lambda row: row[name])
+        self._final[prefix] = {**found.as_dict(), "best": dict(top1=best[name], step=best["step"])}
+        result = dict(
+            format="fastkd-finetune", version=1, **self._final["val"], ema=self._final.get("val_ema"), step=step,
+            unreadable=len(self.crops.failures), classes=self.classes,
+        )  # fmt: skip
+        write_json(result, run.root / "result.json")
         low, high = found.interval
         logger.info(
-            "%s %.2f %% (95 %% interval %.2f to %.2f) of %d held-out images; best during the run %.2f %% at step %d",
-            "top-1" if prefix == "val" else "top-1 of the averaged weights", 100 * found.top1, 100 * low, 100 * high, found.images,
-            100 * best[accuracy], best["step"],
+            "%s: top-1 %.2f %% (95 %% interval %.2f to %.2f) of %d held-out images; best during the run %.2f %% at "
+            "step %d", "averaged weights" if prefix == "val_ema" else "last weights",
+            100 * found.top1, 100 * low, 100 * high, found.images, 100 * best[name], best["step"],
         )  # fmt: skip
 
 

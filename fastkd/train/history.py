@@ -85,7 +85,7 @@ class History:
             elsewhere = self.group.world_size > 1 and not (everywhere and rows[row, : self.losses].isfinite().all())
             what += self._files(number, row, elsewhere)
             if beyond:
-                more = f"{count} such steps, {self.tolerated} are tolerated" if self.tolerated else ""
+                more = f" ({count} such steps, {self.tolerated} are tolerated)" if self.tolerated else ""
                 raise TrainingError(not_finite(number, what, self.run, more))
             logger.warning("step %d is left out (%d of %d tolerated): %s", number, count, self.tolerated, what)
         self._told = self.filled
@@ -131,8 +131,7 @@ def not_finite(step: int, what: str, run: RunFolder, more: str = "") -> str:
     """The message with which training stops."""
     good = checkpoint.find(run.root)
     kept = f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
-    ends = f"Training stops ({more})" if more else "Training stops"
     return (
-        f"step {step}: {what}. {ends}; {kept}. Try a lower --blr, more --warmup-epochs, --clip-grad 1, or --amp off; "
+        f"step {step}: {what}. Training stops{more}; {kept}. Try a lower --blr, more --warmup-epochs, --clip-grad 1, or --amp off; "
         "--skip-nonfinite N leaves N such steps out"
     )

@@ -43,6 +43,10 @@ def adamw(
     """AdamW over `param_groups`.
 
     Args:
+        model: what is trained.
+        lr: learning rate; `set_lr` changes it.
+        weight_decay: of what decays.
+        betas: of both averages of the gradient.
         kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
             apex, which runs on GPUs alone.
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.

@@ -20,9 +20,7 @@ from .trackers import Tracker
 
 logger = logging.getLogger("fastkd")
 CONFIG, FACTS = "config.yaml", "run"
-HEADING = (
-    f"# What ran, in full: its command with --config {CONFIG} --out NEW does it again. '{FACTS}' is not read then.\n"
-)
+HEADING = f"# What ran, in full: the same command with --config {CONFIG} --out NEW does it again, without '{FACTS}'.\n"
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
 
