@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from tables import markdown, number, rows_of, times
 
-NAMES = {"pil": "image files, Pillow", "packed": "`fastkd pack`", "dali": "image files, DALI"}
+NAMES = {
+    "pil": "image files, Pillow",
+    "tar": ".tar archive, Pillow",
+    "packed": "`fastkd pack`",
+    "dali": "image files, DALI",
+}
 
 
 def loader_table() -> str | None:

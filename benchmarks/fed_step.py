@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batch", type=int, default=128 if gpu else 8)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--ratios", default="0.75,0.95")
-    parser.add_argument("--loaders", nargs="+", choices=("pil", "packed", "dali"))
+    kinds = ("pil", "packed", "dali")
+    parser.add_argument("--loaders", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--steps", type=int, default=20 if gpu else 3, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data or loaders.make_pictures(Path(scratch) / "pictures", args.pictures)
         pack(folder, Path(scratch) / "packed", short_side=256, workers=args.workers)
-        for name, loader in loaders.loaders(folder, Path(scratch) / "packed", args).items():
+        for name, loader in loaders.loaders(folder, Path(scratch), args).items():
             for ratio in map(float, args.ratios.split(",")):
                 step = FastStep(base, DTYPES[args.dtype], args.device, graphs=graphs)
                 alone, fed = compare(step, ratio, loader, still, args)

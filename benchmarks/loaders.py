@@ -2,18 +2,20 @@
 
     python benchmarks/loaders.py [--data FOLDER] [--workers 1] [--batch 64] [--rounds 5]
 
-Loaders: pil (files, decoded each time), packed (pixels of fastkd pack, cropped by the C++ op; on a GPU pinned, copied
-and cropped there) and dali where it is installed. They take turns, each starting anew, so that none works in the
-background while another is timed; a round times whole batches after a warm-up, figures are medians over rounds. Batches
-are checked first: on the same seed packed ones must equal those of the images that were packed, bit for bit. Without
---data photo-like JPEG files are made.
+Loaders: pil (files, decoded each time), tar (the same files in one archive), packed (pixels of fastkd pack, cropped by
+the C++ op; on a GPU pinned, copied and cropped there) and dali where it is installed. They take turns, each starting
+anew, so that none works in the background while another is timed; a round times whole batches after a warm-up, figures
+are medians over rounds. Batches are checked first: on the same seed packed and archived ones must equal those of the
+files, bit for bit. Without --data photo-like JPEG files are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -41,20 +43,26 @@ def make_pictures(folder: Path, count: int) -> Path:
     return folder
 
 
-def check_packed(folder: Path, scratch: Path, device: str) -> None:
-    """Packed batches equal those of the files where packing changes nothing: images below the short side."""
+def archived(folder: Path, out: Path) -> Path:
+    """All files of a folder in one archive."""
+    with tarfile.open(out, "w") as archive:
+        archive.add(folder, arcname="")
+    return out
+
+
+def check(folder: Path, scratch: Path, device: str) -> None:
+    """Archived and packed batches equal those of the files where packing changes nothing: below the short side."""
     small = scratch / "small"
     small.mkdir()
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:8]:
         with Image.open(path) as image:
             image.convert("RGB").resize((150, 120)).save(small / f"{path.stem}.png")
     pack(small, scratch / "small_packed")
-    for ours, theirs in zip(
-        ImageLoader(scratch / "small_packed", (SIDE, SIDE), 8, device=device), ImageLoader(small, (SIDE, SIDE), 8)
-    ):
-        if not torch.equal(ours.images.cpu(), theirs.images) or not torch.equal(ours.keys.cpu(), theirs.keys):
-            raise SystemExit("packed batches are NOT those of the images that were packed; nothing was timed")
-        return
+    expected = next(iter(ImageLoader(small, (SIDE, SIDE), 8)))
+    for source in (scratch / "small_packed", archived(small, scratch / "small.tar")):
+        batch = next(iter(ImageLoader(source, (SIDE, SIDE), 8, device=device)))
+        if not torch.equal(batch.images.cpu(), expected.images) or not torch.equal(batch.keys.cpu(), expected.keys):
+            raise SystemExit(f"batches of {source.name} are NOT those of the files; nothing was timed")
 
 
 def seconds_per_image(loader: ImageLoader, count: int, device: str) -> float:
@@ -70,14 +78,21 @@ def seconds_per_image(loader: ImageLoader, count: int, device: str) -> float:
         return (time.perf_counter() - start) / (count * loader.batch_size)
 
 
-def loaders(folder: Path, packed: Path, args: argparse.Namespace) -> dict[str, ImageLoader]:
+def loaders(folder: Path, scratch: Path, args: argparse.Namespace) -> dict[str, ImageLoader]:
     options = dict(size=(SIDE, SIDE), batch_size=args.batch, workers=args.workers, device=args.device)
-    found = {"pil": ImageLoader(folder, **options), "packed": ImageLoader(packed, **options)}
-    if version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120"):
+    wanted = args.loaders or ("pil", "tar", "packed", "dali")
+    found = {}
+    if "pil" in wanted:
+        found["pil"] = ImageLoader(folder, **options)
+    if "tar" in wanted:
+        found["tar"] = ImageLoader(archived(folder, scratch / "pictures.tar"), **options)
+    if "packed" in wanted:
+        found["packed"] = ImageLoader(scratch / "packed", **options)
+    if "dali" in wanted and (version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120")):
         from fastkd.data.dali import DaliLoader
 
         found["dali"] = DaliLoader(folder, **options)
-    return {name: loader for name, loader in found.items() if not args.loaders or name in args.loaders}
+    return found
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -85,7 +100,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--data", type=Path, help="folder of images; default: pictures made here")
     parser.add_argument("--pictures", type=int, default=256, help="how many are made without --data")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--loaders", nargs="+", choices=("pil", "packed", "dali"))
+    parser.add_argument("--loaders", nargs="+", choices=("pil", "tar", "packed", "dali"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=4, help="batches per round")
@@ -96,11 +111,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         folder = args.data or make_pictures(scratch / "pictures", args.pictures)
-        check_packed(folder, scratch, args.device)
+        os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")
+        check(folder, scratch, args.device)
         start = time.perf_counter()
         packing = pack(folder, scratch / "packed", short_side=args.short_side, workers=args.workers)
         packing_speed = packing.images / (time.perf_counter() - start)
-        found = loaders(folder, scratch / "packed", args)
+        found = loaders(folder, scratch, args)
         seconds: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(args.rounds):
             for name, loader in found.items():

@@ -227,7 +227,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    """Runs one command and exits: 0 done, 1 failed, 2 wrong arguments, 128 + N stopped by signal N (Ctrl-C: 130)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.exit(_run(arguments))
 

@@ -59,6 +59,8 @@ def small_runs(patch: pytest.MonkeyPatch, **teacher) -> None:
 
 def readme(patch: pytest.MonkeyPatch) -> Names:
     small_teacher("mae_pretrain_vit_large.pth", depth=18)
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
     small_runs(patch, patch_size=14)
     patch.setattr(models, "mae_vit", lambda size, **options: _mae_vit("tiny", decoder_depth=1, **options))
     logits = torch.randn(2, 4, 10)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
+import select
+import signal
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +24,7 @@ from fastkd.data import (
     UnreadableError,
     center_crop,
     load_images,
+    loader,
     open_image,
     random_resized_crop,
 )
@@ -275,6 +280,32 @@ next(batches)
 kept = lambda: kept, batches  # a cycle: nothing ends the iterator before the interpreter
 """
     assert run_python("-c", code, pictures).returncode == 0
+
+
+def test_a_worker_whose_main_process_was_killed_before_it_began_ends(pictures, monkeypatch):
+    begin, (gone, held) = loader.begin_worker, os.pipe()
+
+    def begin_late(worker: int) -> None:
+        main = os.getppid()
+        os.kill(main, signal.SIGKILL)
+        while os.getppid() == main:
+            time.sleep(0.01)
+        begin(worker)
+
+    monkeypatch.setattr(loader, "begin_worker", begin_late)
+    process = os.fork()
+    if process == 0:
+        try:
+            os.setpgid(0, 0)
+            take(ImageLoader(pictures, SIZE, 4, workers=1), 1)
+        finally:
+            os._exit(1)
+    os.close(held)
+    assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    if not select.select([gone], [], [], 60)[0]:
+        os.killpg(process, signal.SIGKILL)
+        pytest.fail("the worker waits for ever")
+    os.close(gone)
 
 
 def test_batches_wait_on_the_gpu_two_ahead(monkeypatch):

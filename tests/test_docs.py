@@ -18,7 +18,7 @@ NOT_RUN: dict[str, int] = {}
 # Pages whose blocks another test runs, against what they replace.
 ELSEWHERE = {"docs/losses.md": "test_losses_page.py"}
 # Commands that run between the blocks of a page, as `page_setup` makes them: small and short.
-RUN = {"README.md": ("distill",), "docs/quickstart.md": ("distill", "export")}
+RUN = {"README.md": ("distill", "export"), "docs/quickstart.md": ("distill", "export")}
 WITH_PYTHON = [page for page in PAGES if page not in ELSEWHERE and any(b.language == "python" for b in blocks(page))]
 NOT_HERE = re.compile("existing|a checkpoint or run")  # what is said of files of the pages, which are not here
 
@@ -106,8 +106,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    """Paths in backticks that begin with a folder of this repository."""
-    for path in re.findall(r"`((?:fastkd|tests|docs|benchmarks|examples|csrc|\.ci)/[\w./*-]+)`", text(page)):
+    """Paths that begin with a folder of this repository, in sentences and in commands."""
+    folders = "fastkd|tests|docs|benchmarks|examples|csrc"
+    for path in re.findall(rf"(?<=[`\s(])((?:{folders})/[\w./*-]*\w)", text(page)):
         assert any(ROOT.glob(path)), f"{page}: {path}"
 
 
@@ -116,7 +117,7 @@ FOREIGN = dict(
     pytest="--dist",
     torchrun="--nnodes --nproc-per-node --rdzv-id --rdzv-backend --rdzv-endpoint --no-python --max-restarts "
     "--shutdown-timeout",
-    srun="--kill-on-bad-exit",
+    srun="--kill-on-bad-exit --signal",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 
@@ -42,25 +43,37 @@ def contents(folder) -> dict[str, bytes]:
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(pictures, packed, tmp_path, workers):
     random, out = np.random.default_rng(workers), tmp_path / "out"
 
-    def child() -> int:
-        """A process that packs."""
+    def child() -> tuple[int, int]:
+        """A process that packs, and what can be read once it and its workers are gone."""
+        gone, held = os.pipe()
         process = os.fork()
-        if process == 0:
+        if process:
+            os.close(held)
+            return process, gone
+        try:
+            os.setpgid(0, 0)
             pack(pictures, out, workers=workers, **SMALL)
             os._exit(0)
-        return process
+        finally:
+            os._exit(1)
 
     start = time.monotonic()
     pack(pictures, tmp_path / "timed", workers=workers, **SMALL)
     whole, killed = time.monotonic() - start, 0
     for _ in range(6 if workers else 15):
-        process = child()
+        process, gone = child()
         time.sleep(random.uniform(0, whole / 2))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         killed += os.WIFSIGNALED(status)
+        if not select.select([gone], [], [], 60)[0]:
+            os.killpg(process, signal.SIGKILL)
+            pytest.fail("workers outlive the process that they decode for")
+        os.close(gone)
     assert killed >= 3
-    _, status = os.waitpid(child(), 0)
+    process, gone = child()
+    _, status = os.waitpid(process, 0)
+    os.close(gone)
     assert status == 0 and contents(out) == contents(packed)
 
 

@@ -34,8 +34,8 @@ def noisy(image: Image.Image) -> np.ndarray:
 
 def test_views_are_the_same_whatever_the_workers_and_after_resuming(pictures):
     options = dict(size=SIZE, batch_size=4, seed=5, transform=noisy)
-    whole = take(ImageLoader(pictures, **options), 7)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    whole = take(ImageLoader(pictures, **options), 7)
     first = ImageLoader(pictures, workers=2, **options)
     resumed = take(first, 4)
     second = ImageLoader(pictures, **options)

@@ -33,7 +33,7 @@ def pieces(message: str) -> list[str]:
     """The parts of a message that stand in the code as they are: no values, and none of `problem`'s own words."""
     message = re.sub(r"^--\S+: ", "", message)
     parts = re.split(r"…|\bgot 95\.0|, expected |; |: got |^got ", message)
-    return [part.strip() for part in parts if len(part.strip()) > 3]
+    return [part.strip(" .") for part in parts if len(part.strip(" .")) > 3]
 
 
 @pytest.mark.parametrize("message", [message for message in QUOTED if message not in OF_TORCH])

@@ -11,8 +11,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,7 +142,7 @@ class ImageLoader:
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # leaves the global generator alone
         )
         self._position = 0  # batches handed out since the very first
@@ -246,9 +248,18 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def ignore_interrupt(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides, workers go on serving its last step.
+def begin_worker(worker: int) -> None:
+    """What every worker process begins with: who ends it, and when."""
+    # Ctrl-C and a scheduler's signals reach all processes: the main one decides, workers go on serving its last step.
     # They end with it: by its word, or when they see that it is gone. Should it wait for them without a word, as an
     # interpreter does that exits with an iterator alive, SIGTERM ends them after all, late.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+    # torch's own watch compares parents, and misses a main process that was killed before a worker first looked.
+    threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .loader import UnreadableError, as_it_is, ignore_interrupt, open_images
+from .loader import UnreadableError, as_it_is, begin_worker, open_images
 from .packed import COLUMNS, FORMAT, HEADER, PLAN, VERSION
 from .reading import printable
 from .source import ImageFiles, ImageSource
@@ -198,7 +198,7 @@ def _decode(folder: ImageFiles, members: list[int], workers: int, short_side: in
             collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=8 if workers else None,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),
         )  # fmt: skip
     )

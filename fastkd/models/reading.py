@@ -41,7 +41,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"checkpoint: got {path}, expected an existing file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _weights_of(_read_pickle(path), path)
+    return _weights_of(read_pickle(path), path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,9 +54,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise _damaged(path, error) from error
 
 
-def _read_pickle(path: Path) -> Any:
-    # A memory map keeps what is not used (optimiser state, the decoder of a teacher) on the disk.
-    mapped = zipfile.is_zipfile(path)
+def read_pickle(path: Path, mapped: bool = True) -> Any:
+    """What `torch.save` wrote, on the CPU: tensors and plain values. ValueError: damaged, or it asks for code.
+
+    Args:
+        path: the file.
+        mapped: keep on the disk what is not used (optimiser state, the decoder of a teacher) by a memory map.
+    """
+    mapped = mapped and zipfile.is_zipfile(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols

@@ -65,7 +65,8 @@ def save(model: VisionTransformer, path: str | Path) -> Path:
 def write_safetensors(
     state: dict[str, Tensor], path: str | Path, config: dict[str, Any], notes: dict[str, str] | None = None
 ) -> Path:
-    """Writes tensors with our config, and further notes, as metadata; atomic."""
+    """Writes tensors with our config, and further notes, as metadata; atomic. OSError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -78,6 +79,8 @@ def write_safetensors(
     try:
         save_file(state, part, metadata)
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return path

@@ -19,7 +19,7 @@ from fastkd.models.mae import SIZES
 from fastkd.models.quantized import why_not_fast
 from fastkd.models.saving import encoder
 
-from . import checkpoint
+from .checkpoint import weights_of
 from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, own_cores
 from .optimizer import make_optimizer
@@ -28,12 +28,6 @@ _NAME = re.compile(r"(?:mae_)?vit_(\w+?)_patch(\d+)(?:_(\d+))?")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # What loading a model reports when the source is wrong, as opposed to a bug.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-
-
-def weights_of(source: str | Path) -> str | Path:
-    """The weights file of a fastkd run or checkpoint; any other source unchanged."""
-    folder = checkpoint.find(Path(source))
-    return source if folder is None else folder / checkpoint.STUDENT
 
 
 def build_student(config: DistillConfig) -> MaskedAutoencoderViT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,6 +33,17 @@ def problem(argument: str, got: object, expected: str, fix: str = "") -> str:
     return f"--{argument.replace('_', '-')}: got {got}, expected {expected}" + (f"; {fix}" if fix else "")
 
 
+def why_not_writable(folder: Path) -> str:
+    """Why nothing can be written to a folder, or beside it where it has yet to be made; empty where it can."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+    return ""
+
+
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(abc.ABC):
     """A training run on a folder of images."""
@@ -41,7 +53,7 @@ class RunConfig(abc.ABC):
         "Length and learning rate": "epochs steps warmup_epochs batch_size accumulate blr lr min_lr",
         "Optimiser": "optimizer weight_decay betas momentum clip_grad skip_nonfinite ema",
         "Held-out images": "val_data val_images val_every",
-        "Saving and resuming": "resume save_minutes save_every log_every trackers",
+        "Saving and resuming": "resume save_minutes save_every keep_checkpoints log_every trackers",
         "Machine": "device amp cuda_graph activation_checkpointing shard_teacher timeout_minutes seed",
     }
 
@@ -127,12 +139,14 @@ class RunConfig(abc.ABC):
     """Who else gets these lines and the pictures: tensorboard (files in the run folder), wandb (WANDB_MODE=offline
     keeps them there as well)."""
     save_minutes: float = 5.0
-    """Minutes between two checkpoints."""
+    """Minutes between two checkpoints. Ctrl-C, SIGTERM and SIGUSR1 save as well, and exit with 130, 143 and 138."""
     save_every: int = 0
     """Steps between two checkpoints, besides save_minutes; 0: by time only."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest; while one is saved there is room for one more."""
     resume: str = "auto"
-    """auto continues the run in --out where there is one; never refuses to; a path continues that run or checkpoint
-    into --out."""
+    """auto continues the run in --out, where there is one, from its newest checkpoint whose checksums are right; never
+    refuses to; a path continues that run or checkpoint into --out."""
 
     @property
     def find_unused(self) -> bool:
@@ -177,9 +191,11 @@ class RunConfig(abc.ABC):
                 found.append(problem(argument, folder, "an existing folder of images, or .tar file", "check the path"))
         out = Path(self.out).expanduser()
         self._need(found, "out", not out.exists() or out.is_dir(), "a folder (it is created), not a file")
+        why_not = why_not_writable(out)
+        self._need(found, "out", not why_not, "a folder that can be written", why_not)
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
         self._need(found, "img_size", all(side > 0 for side in sides), "a positive side, or height and width")
-        for argument in "batch_size accumulate log_every".split():
+        for argument in "batch_size accumulate log_every keep_checkpoints".split():
             self._need(found, argument, getattr(self, argument) >= 1, "at least 1")
         for argument in "seed min_lr weight_decay val_images val_every save_every save_minutes skip_nonfinite".split():
             self._need(found, argument, getattr(self, argument) >= 0, "at least 0")

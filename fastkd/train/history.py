@@ -132,6 +132,6 @@ def not_finite(step: int, what: str, run: RunFolder, more: str = "") -> str:
     good = checkpoint.find(run.root)
     kept = f"the last good checkpoint is kept: {good}" if good else "no checkpoint was written yet"
     return (
-        f"step {step}: {what}. Training stops{more}; {kept}. Try a lower --blr, more --warmup-epochs, --clip-grad 1, or --amp off; "
-        "--skip-nonfinite N leaves N such steps out"
+        f"step {step}: {what}. Training stops{more}; {kept}. Try a lower --blr, more --warmup-epochs, --clip-grad 1, "
+        "or --amp off; --skip-nonfinite N leaves N such steps out"
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's early warning) end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import threading
 import time
 
 logger = logging.getLogger("fastkd")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """Context manager: a signal's number stands in `pressed`, 0 before; a second one stops at once.
+    """Context manager: the first signal's number stands in `pressed`, 0 before; a second one stops at once.
 
     Several processes ask each other for it, and stop together (`Processes.agreed`).
 
@@ -26,7 +27,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -38,6 +39,6 @@ class Interrupt:
         if self.pressed and time.monotonic() - self._first < self.echo:
             return
         if self.pressed:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.pressed, self._first = number, time.monotonic()
-        logger.info("stopping after this step; once more stops without saving")
+        logger.info("%s: stopping after this step; once more stops without saving", signal.Signals(number).name)

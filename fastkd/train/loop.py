@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +17,14 @@ from fastkd.models.ema import EMATeacher
 
 from . import checkpoint, trackers
 from .build import AMP, build_loader, build_optimizer, recompute_activations
-from .config import DistillConfig, RunConfig, problem
+from .config import ConfigError, DistillConfig, RunConfig, problem
 from .distributed import Processes, processes
 from .history import History, TrainingError, not_finite
 from .host import keep_memory, same_bits
 from .interrupt import Interrupt
 from .optimizer import set_lr
 from .reseed import reseed
-from .resume import check_same_run, checkpoint_to_resume, how_to_go_on, restore
+from .resume import check_same_run, checkpoint_to_resume, how_to_go_on, restore, warn_of_damage
 from .schedule import lr_at
 from .step import TrainingStep, choose_graphs
 from .track import Reporter, RunFolder, Stopwatch
@@ -50,7 +51,7 @@ class Result(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """Of a command: 0 finished, 128 + signal stopped (130 Ctrl-C, 143 SIGTERM)."""
+        """Of a command: 0 finished, 128 + signal stopped (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1)."""
         return 128 + self.signal if self.signal and not self.finished else 0
 
 
@@ -61,7 +62,7 @@ def distill(config: RunConfig) -> Result:
 
     Raises:
         ConfigError: wrong arguments, all at once.
-        TrainingError: the loss is not finite any more.
+        TrainingError: the loss is not finite any more, or the end of the run could not be written.
     """
     problems = config.problems()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -76,7 +77,8 @@ def distill(config: RunConfig) -> Result:
 
 def _train(config: RunConfig, group: Processes) -> Result:
     run, device = RunFolder(config.out, writes=group.is_main), group.device
-    source, given = checkpoint_to_resume(config, run), config.as_dict()
+    found, given = checkpoint_to_resume(config, run), config.as_dict()
+    source = found.good
     method, config = config.build(device)
     recompute_activations(config, method)
     names = method.losses
@@ -116,12 +118,27 @@ def _train(config: RunConfig, group: Processes) -> Result:
             average.load_state_dict(state["ema"])
     del state  # copies of what was restored
     if group.is_main:
-        run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
-        run.rewind(step)
-        run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
+        try:
+            run.begin(config.as_dict(), dict(given=given, classes=getattr(method, "classes", None)))
+            checkpoint.clean(run.checkpoints)
+            if config.resume == "auto":
+                checkpoint.set_aside(folder for folder, _ in found.damaged)
+            run.rewind(-1 if source is None else step)
+            run.trackers = trackers.start(config.trackers, run.root, config.as_dict(), step)
+        except OSError as error:
+            raise ConfigError([problem("out", run.root, "a folder that can be written", str(error))]) from error
     group.barrier()
 
-    def save() -> None:
+    def written(what: str, write: Callable[[], object]) -> bool:
+        """Whether it could be written: a full disk does not end a run, whose older checkpoints are still good."""
+        try:
+            write()
+        except OSError as error:
+            logger.error("step %d: %s not written: %s", step, what, error)
+            return False
+        return True
+
+    def save() -> bool:
         losses = history.read(step)
         if not all(norm.isfinite() for norm in torch._foreach_norm([p.detach() for p in method.parameters()])):
             raise TrainingError(not_finite(step, "weights are not finite", run))
@@ -132,7 +149,20 @@ def _train(config: RunConfig, group: Processes) -> Result:
         )  # fmt: skip
         if average is not None:
             state["ema"] = average.state_dict()
-        checkpoint.save(run.checkpoint, method.student, state)
+        saved = written("the metrics", run.sync) and written(
+            "the checkpoint", lambda: checkpoint.save(run.checkpoints, method.student, state, config.keep_checkpoints)
+        )
+        written("the pictures", draw)
+        return saved
+
+    def export() -> None:
+        line = checkpoint.export(method.student, run.exported)
+        logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
+        if average is not None:
+            line = checkpoint.export(average.model, run.exported_ema)
+            logger.info("the average of its weights:\n  %s", line)
+
+    def draw() -> None:
         held_out.draw(run)
         run.show(step)
 
@@ -151,7 +181,8 @@ def _train(config: RunConfig, group: Processes) -> Result:
         group.guard(),
     ):
         _announce(config, method, loader, group, step, source)
-        if step == 0 and held_out is not None:
+        warn_of_damage(found, step)
+        if source is None and held_out is not None:
             evaluate()
         watch, last_save = Stopwatch(seconds), time.monotonic()
         interval_start, interval_wait = watch.seconds(), loader.wait_seconds
@@ -192,18 +223,17 @@ def _train(config: RunConfig, group: Processes) -> Result:
                     last_save = time.monotonic()
             stop = group.agreed(interrupt.pressed)
 
-        finished = step >= config.steps
+        finished, complete = step >= config.steps, True
         if group.is_main:
-            save()
+            complete = save()
             if finished:
-                line = checkpoint.export(method.student, run.exported)
-                logger.info("finished after %d steps; the student as a timm checkpoint:\n  %s", step, line)
-                if average is not None:
-                    line = checkpoint.export(average.model, run.exported_ema)
-                    logger.info("the average of its weights:\n  %s", line)
-            else:
+                complete &= written("the exported student", export)
+            elif complete:
                 logger.info("stopped after step %d of %d; the same command continues from there", step, config.steps)
         group.barrier()  # a launcher ends all processes when the first one ends
+        if not complete:
+            fix = f"Make room where --out is: {how_to_go_on(run.root)}"
+            raise TrainingError(f"step {step}: the end of the run is not written. {fix}")
     return Result(run.root, step, finished, run.exported if finished else None, stop)
 
 

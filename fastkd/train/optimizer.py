@@ -44,9 +44,8 @@ def adamw(
 
     Args:
         model: what is trained.
-        lr: learning rate; `set_lr` changes it.
-        weight_decay: of what decays.
-        betas: of both averages of the gradient.
+        lr: learning rate of all groups.
+        weight_decay, betas: of AdamW; weight_decay as in `param_groups`.
         kind: ``"adamw"``, torch's, fused where every parameter's device has that; ``"apex"``, FusedAdam of NVIDIA's
             apex, which runs on GPUs alone.
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew.
@@ -81,8 +80,7 @@ def make_optimizer(
         capturable: the learning rate is a tensor on the device, so that a CUDA graph of `step` reads it anew. For kinds
             that the function `capturable` names.
 
-    Weight decay is apart from the gradient in AdamW, joins the direction that LAMB measures, and is a part of the
-    gradient in SGD and LARS.
+    Weight decay is decoupled from the gradient in AdamW and LAMB, and a part of the gradient in SGD and LARS.
 
     Raises:
         ImportError: the kind's package is missing.

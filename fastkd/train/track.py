@@ -33,7 +33,7 @@ class RunFolder:
 
     Attributes:
         root: the folder.
-        checkpoint: ``checkpoints/last``.
+        checkpoints: ``checkpoints``, a folder.
         pictures: ``pictures``, a folder.
         exported: ``exported/student_timm.safetensors``; exported_ema: ``exported/student_ema_timm.safetensors``.
         trackers: who gets metrics and pictures as well (see `fastkd.train.trackers`).
@@ -41,16 +41,17 @@ class RunFolder:
 
     def __init__(self, root: str | Path, writes: bool = True) -> None:
         self.root, self.writes = Path(root).expanduser(), writes
-        self.checkpoint = self.root / "checkpoints/last"
+        self.checkpoints = self.root / "checkpoints"
         self.exported = self.root / "exported/student_timm.safetensors"
         self.exported_ema = self.root / "exported/student_ema_timm.safetensors"
         self.pictures = self.root / "pictures"
         self.trackers: list[Tracker] = []
         self._metrics = self.root / "metrics.jsonl"
+        self._unwritten: list[str] = []
 
     def begin(self, config: dict, facts: dict) -> None:
         """Creates the folders and writes config.yaml: the config, and under `run` facts that no option sets."""
-        for folder in (self.root, self.checkpoint.parent, self.exported.parent, self.pictures):
+        for folder in (self.root, self.checkpoints, self.exported.parent, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
         content = {**self.plain(config), FACTS: self.plain({**facts, "versions": versions()})}
         fresh = self.root / f"{CONFIG}.new"
@@ -79,7 +80,7 @@ class RunFolder:
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl; a last line that a crash cut off is left out."""
         rows = []
-        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
+        for line in self._metrics.read_text(errors="replace").splitlines() if self._metrics.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -87,19 +88,43 @@ class RunFolder:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drops the metrics after a step: a resumed run writes them again."""
+        """Drops the metrics after a step (-1: all), which the run writes again, and what a crash left half-written."""
         rows = [row for row in self.metrics() if row["step"] <= step]
         fresh = self._metrics.with_suffix(".new")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(fresh, self._metrics)
+        for path in self.exported.parent.glob(".*.part"):
+            path.unlink()
 
     def add(self, row: dict) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl; on a full disk it is written later, with the next one or by `sync`."""
         if self.writes:
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._unwritten.append(json.dumps(row) + "\n")
+            try:
+                self._append()
+            except OSError as error:
+                logger.error("%s cannot be written, which is tried again: %s", self._metrics, error)
         for tracker in self.trackers:
             tracker.add(row)
+
+    def sync(self) -> None:
+        """Brings all of metrics.jsonl to the disk: a checkpoint promises the lines up to its step. OSError if not."""
+        self._append()
+        with self._metrics.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _append(self) -> None:
+        """Writes all waiting lines or none: half a line would hide those after it."""
+        waiting = memoryview("".join(self._unwritten).encode())
+        with self._metrics.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while waiting:
+                    waiting = waiting[file.write(waiting) :]
+            except OSError:
+                file.truncate(before)
+                raise
+        self._unwritten.clear()
 
     def show(self, step: int) -> None:
         """Gives the pictures as they are now to the trackers."""
@@ -134,7 +159,7 @@ class Reporter:
         self._console = Console(stderr=True, quiet=quiet)
         self._handlers: list[logging.Handler] = []
         if not quiet:
-            self._handlers = [_Shown(self._console), logging.FileHandler(log)]
+            self._handlers = [_Shown(self._console), _Log(log)]
             for handler in self._handlers:
                 handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._bar = Progress(
@@ -188,6 +213,17 @@ class _Shown(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Log(logging.FileHandler):
+    """train.log; a full disk costs lines of it, not the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """The terminal has the line all the same."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Stopwatch:
