@@ -162,10 +162,10 @@ def test_processes_share_a_machine(facts):
 
 
 def command(folder: Path, *more: object) -> list[str]:
-    """Arguments of a run that does not end by itself, with a checkpoint in every step."""
+    """Arguments of a run that does not end by itself."""
     given = dict(
         student=folder / "student.safetensors", teacher=folder / "teacher.safetensors", data=folder / "pictures",
-        out=folder / "run", batch_size=2, steps=10**6, lr=1e-3, amp="off", workers=0, device="cpu", save_every=1,
+        out=folder / "run", batch_size=2, steps=10**6, lr=1e-3, amp="off", workers=0, device="cpu", save_every=20,
     )  # fmt: skip
     options = [str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     return ["distill", *options, *map(str, more)]
@@ -191,7 +191,7 @@ def train_and_signal(rank: int, folder: Path, victim: int, number: int) -> None:
 
     if rank == victim:
         at_step(3, twice)
-    cli.main(command(folder))
+    cli.main([*command(folder), "--save-every", "2"])
 
 
 @pytest.fixture

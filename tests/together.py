@@ -17,7 +17,7 @@ import torch
 from fastkd.train.launch import launch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastkd.train.loop", "fastkd.cli", "timm"])
+_context.set_forkserver_preload(["fastkd.train.loop", "fastkd.train.plots", "fastkd.cli", "timm"])
 
 
 class Ended(NamedTuple):
