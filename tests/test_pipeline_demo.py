@@ -120,9 +120,11 @@ def test_table_pairs_by_seed():
     assert any("at most 2e-07" in note for note in pipeline_report.notes(rows))
 
 
-def test_what_is_missing_is_said_at_once(tmp_path):
+def test_what_is_missing_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(pipeline.PACKAGES, "no_such_module", "no-such-package")
     with pytest.raises(ConfigError) as error:
         pipeline.main(pipeline.Config(stamps=tmp_path, photos=(tmp_path,), out=tmp_path / "out"))
+    assert any("pip install no-such-package" in line for line in error.value.problems)
     assert any("--photos" in line for line in error.value.problems)
     assert any("tuxpaint-stamps-default" in line for line in error.value.problems)
     assert not (tmp_path / "out").exists()

