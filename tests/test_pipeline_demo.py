@@ -152,7 +152,7 @@ def test_quick_run(tmp_path, capfd, monkeypatch):
     assert all(0 <= row[score] <= 1 for row in rows for score in ("knn", "linear"))
     assert all(0 <= row["finetuned"] <= 1 for row in rows[:4]) and "finetuned" not in rows[4]
     assert max(rows[3]["export_gaps"].values()) < 1e-5
-    for name in ("feature_similarity.png", "reconstruction.png"):
+    for name in ("feature_similarity.png", "reconstruction.png", "similarity.png", "scores.png"):
         assert Image.open(tmp_path / "out" / name).width > 300
     assert "MAE, then distilled" in (tmp_path / "out/results.md").read_text()
 

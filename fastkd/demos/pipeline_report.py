@@ -7,8 +7,8 @@ from typing import Any
 
 from fastkd.evaluation.scores import wilson
 
-from .compare import difference, values_of
-from .report import Table
+from .compare import values_of
+from .report import Table, difference
 
 UNTRAINED, MAE, SCRATCH, BOTH = "untrained", "MAE alone", "distilled from scratch", "MAE, then distilled"
 TEACHER, TAPPED = "teacher", "teacher up to the block"
@@ -24,7 +24,7 @@ def table(rows: Sequence[Row]) -> Table:
     for arm in ARMS:
         cells = []
         for metric in METRICS:
-            mine, theirs = ([100 * value for value in values_of(rows, who, metric)] for who in (arm, MAE))
+            mine, theirs = (values_of(rows, who, metric) for who in (arm, MAE))
             paired = arm != MAE and len(mine) == len(theirs) > 0
             cells += [_mean(mine, rows), difference(mine, theirs) if paired else ""]
         seconds = values_of(rows, arm, "seconds")
@@ -33,13 +33,17 @@ def table(rows: Sequence[Row]) -> Table:
     return Table("Held-out stamps", ("student", "seeds", *headings, "s"), lines)
 
 
+def held_out_interval(values: Sequence[float], rows: Sequence[Row]) -> tuple[float, float]:
+    """The 95 % interval (Wilson) that the held-out pictures of one split leave open around the mean of shares."""
+    pictures = rows[0]["val"]
+    return wilson(round(sum(values) / len(values) * pictures), pictures)
+
+
 def _mean(values: Sequence[float], rows: Sequence[Row]) -> str:
-    """The mean of percentages and the 95 % interval that so many pictures of one split leave open."""
     if not values:
         return ""
-    mean, pictures = sum(values) / len(values), rows[0]["val"]
-    low, high = wilson(round(mean / 100 * pictures), pictures)
-    return f"{mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+    low, high = held_out_interval(values, rows)
+    return f"{100 * sum(values) / len(values):.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

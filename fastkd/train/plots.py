@@ -93,6 +93,15 @@ def _to_pixels(student: MaskedAutoencoderViT, patches: Tensor, affine: Tensor) -
     return ((pictures - shift) / scale).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def likeness(features: Tensor, marked: int) -> Tensor:
+    """[N, L] cosine of each patch of [N, L, D] to patch `marked`, after the mean over the picture is taken off.
+
+    What all patches share would hide the rest.
+    """
+    features = F.normalize(features.float() - features.float().mean(1, keepdim=True), dim=-1)
+    return (features @ features[:, marked, :, None]).squeeze(-1)
+
+
 def feature_similarity(images: Tensor, student: Tensor, teacher: Tensor, grid: tuple[int, int], path: Path) -> None:
     """Per image: the picture, which patches are like the marked one to teacher and student, and where both agree.
 
@@ -101,16 +110,13 @@ def feature_similarity(images: Tensor, student: Tensor, teacher: Tensor, grid: t
         student, teacher: [N, L, D] features of the patches in raster order, the student's projected to the teacher's.
         grid: (rows, columns) of patches, L in all.
 
-    Likeness is the cosine to the central patch after the mean over the picture is taken off (what all patches share
-    would hide the rest). Agreement is the cosine of the two features of a patch as they are: what the loss pulls to 1.
+    Likeness is to the central patch, see `likeness`. Agreement is the cosine of the two features of a patch as they
+    are: what the loss pulls to 1.
     """
     rows, columns = grid
     marked = (rows // 2) * columns + columns // 2
-    likeness = []
-    for features in (teacher, student):
-        features = F.normalize(features.float() - features.float().mean(1, keepdim=True), dim=-1)
-        likeness.append((features @ features[:, marked, :, None]).squeeze(-1))
     agreement = F.cosine_similarity(teacher.float(), student.float(), dim=-1)
+    maps = likeness(teacher, marked), likeness(student, marked), agreement
     height, width = images.shape[1:3]
     figure = Figure(figsize=(7.4, 1.5 * len(images) * height / width + 0.4), layout="constrained")
     axes = figure.subplots(len(images), 4, squeeze=False)
@@ -121,7 +127,7 @@ def feature_similarity(images: Tensor, student: Tensor, teacher: Tensor, grid: t
         axes[row, 0].add_patch(
             Rectangle(corner, width / columns, height / rows, fill=False, color="red", linewidth=1.5)
         )
-        for axis, values in zip(axes[row, 1:], (*likeness, agreement)):
+        for axis, values in zip(axes[row, 1:], maps):
             shown = axis.imshow(values[row].view(grid).cpu().numpy(), extent=extent, vmin=-1, vmax=1, cmap="RdBu_r")
     for axis, title in zip(axes[0], ("image", "teacher", "student", "agreement")):
         axis.set_title(title, fontsize=9)
