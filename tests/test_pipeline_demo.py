@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,7 +137,8 @@ def test_quick_run(tmp_path, capfd, monkeypatch):
     pytest.importorskip("transformers")
     assert "pipeline" in DEMOS
     monkeypatch.setattr("fastkd.train.plots.loss_curves", lambda *_: None)  # half of the time, and shown elsewhere
-    config = pipeline.Config(out=tmp_path / "out", quick=True)
+    monkeypatch.chdir(tmp_path)
+    config = pipeline.Config(out=Path("out"), quick=True)
     assert pipeline.main(config) == 0
     commands = [line.split()[2:] for line in capfd.readouterr().out.splitlines() if line.startswith("$ fastkd ")]
     judged = ["eval", "finetune"]

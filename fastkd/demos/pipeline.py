@@ -234,7 +234,7 @@ class Seed:
         images = load_images(paths, self.plan.student["img_size"])
         block = default_block(self.plan.student["depth"])
         models = {"teacher": Teacher(self.plan.teacher, self.plan.teacher_blocks, img_size=images.shape[1])}
-        for arm, run in ((BOTH, BOTH_RUN), (SCRATCH, "scratch"), (MAE, "mae"), (UNTRAINED, self.student)):
+        for arm, run in ((BOTH, BOTH_RUN), (SCRATCH, "scratch"), (MAE, "mae"), (UNTRAINED, self.student.name)):
             models[arm.replace(" ", "\n", 1)] = Teacher(weights_of(self.root / run), block)
         tokens = {name: model(images)[0][:, model.num_prefix_tokens :] for name, model in models.items()}
         grid = models["teacher"].grid

@@ -46,6 +46,7 @@ def similarity(features: Mapping[str, Tensor], grid: tuple[int, int], names: Seq
         names: of the N pictures; the pictures themselves do not appear, so the figure can be passed on without them.
     """
     figure = Figure(figsize=(1.5 * len(features) + 1.2, 1.4 * len(names) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)  # else the names' edges are cut off
     axes = figure.subplots(len(names), len(features), squeeze=False)
     marked = (grid[0] // 2) * grid[1] + grid[1] // 2
     for column, (model, tokens) in enumerate(features.items()):
