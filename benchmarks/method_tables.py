@@ -8,6 +8,7 @@ from typing import NamedTuple
 import common
 from tables import markdown
 
+from fastkd.demos import pipeline_report
 from fastkd.demos.compare import Metric, difference, spread, table_of, values_of
 
 
@@ -100,9 +101,20 @@ def overview() -> str | None:
     return markdown(columns, lines, len(columns)) if lines else None
 
 
+def pipeline() -> str | None:
+    """The demo of the whole way: every student, and how to read its scores."""
+    _, rows = demo("pipeline")
+    if not rows:
+        return None
+    table, notes = pipeline_report.table(rows), pipeline_report.notes(rows)
+    return f"{markdown(table.columns, table.rows, 1)}\n\n<sub>{'<br>'.join(notes)}</sub>"
+
+
 def tables() -> dict[str, object]:
     """Every table by the name that pages use."""
-    return {"methods": overview} | {f"demo_{name}": (lambda name=name: results(name)) for name in METHODS}
+    return {"methods": overview, "demo_pipeline": pipeline} | {
+        f"demo_{name}": (lambda name=name: results(name)) for name in METHODS
+    }
 
 
 def _plain(value: object) -> str:

