@@ -20,7 +20,7 @@ from together import run_together, slurm
 
 from fastkd import cli
 from fastkd.models import Teacher
-from fastkd.train import ConfigError, checkpoint, distill, loop
+from fastkd.train import ConfigError, checkpoint, distill, loop, session
 from fastkd.train.build import choose_workers
 from fastkd.train.distributed import own_cores, processes
 from fastkd.train.held_out import HeldOut
@@ -258,7 +258,7 @@ def fail_in_setup(rank: int, folder: Path) -> None:
         def build_loader(*_):
             raise ConfigError(["--data: the disk is gone"])
 
-        loop.build_loader = build_loader
+        session.build_loader = build_loader
     cli.main(command(folder))
 
 
