@@ -66,7 +66,7 @@ class Info:
 
 
 def distill(arguments: list[str]) -> int:
-    """Train a student on a folder of images, by DMAE or another method (--method NAME)."""
+    """Train a small model from a large one on a folder of images, by DMAE or another --method."""
     name = _method(arguments)
     if name not in METHODS:
         listing = "\n".join(f"  {known:10} {line}" for known, (_, line) in METHODS.items())
@@ -273,7 +273,7 @@ def _parse(target, command: str, arguments: list[str]):
 
 
 def _usage(command: str, listing: str) -> int:
-    return _say(f"usage: {command} [OPTIONS]   ({command} --help lists the options)\n\n{listing}", 0, sys.stdout)
+    return _say(f"usage: {command} [OPTIONS]   ({command} --help explains one)\n\n{listing}", 0, sys.stdout)
 
 
 def _say(text: str, code: int, file=None) -> int:

@@ -20,7 +20,7 @@ from together import run_together, slurm
 
 from fastkd import cli
 from fastkd.models import Teacher
-from fastkd.train import ConfigError, checkpoint, distill, loop
+from fastkd.train import ConfigError, checkpoint, distill, loop, session
 from fastkd.train.build import choose_workers
 from fastkd.train.distributed import own_cores, processes
 from fastkd.train.held_out import HeldOut
@@ -258,7 +258,7 @@ def fail_in_setup(rank: int, folder: Path) -> None:
         def build_loader(*_):
             raise ConfigError(["--data: the disk is gone"])
 
-        loop.build_loader = build_loader
+        session.build_loader = build_loader
     cli.main(command(folder))
 
 
@@ -274,7 +274,8 @@ def torchrun(folder):
     """The launcher with two processes that train; they have written a checkpoint."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastkd"]
     path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    patient = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "150"}  # a busy machine draws slowly
+    environment = {**os.environ, **patient, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     options = dict(env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([*launcher, *command(folder)], **options) as process:
         try:
@@ -300,7 +301,7 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
 
 def test_torchrun_ends_when_a_process_is_killed(torchrun, folder):
     os.kill(workers_of(torchrun)[1], signal.SIGKILL)
-    output = torchrun.communicate(timeout=60)[1]
+    output = torchrun.communicate(timeout=200)[1]
     assert torchrun.returncode not in (0, None)
     for text in (output, (folder / "run/train.log").read_text()):
         assert "another process of this run is gone: rank 1 on " in text and "the same command continues" in text
@@ -308,7 +309,7 @@ def test_torchrun_ends_when_a_process_is_killed(torchrun, folder):
 
 def test_torchrun_passes_a_signal_on(torchrun, folder):
     torchrun.send_signal(signal.SIGTERM)
-    output = torchrun.communicate(timeout=60)[1]
+    output = torchrun.communicate(timeout=200)[1]
     assert torchrun.returncode not in (0, None)
     assert "stopped after step" in output and "another process" not in output
     log = (folder / "run/train.log").read_text()

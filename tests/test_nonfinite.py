@@ -94,7 +94,9 @@ def test_float16_leaves_out_what_its_scaler_cannot_see(monkeypatch, graphs):
     losses, model, run, left_out = train(batches, graphs=Rehearsed() if graphs else None, amp=torch.float16)
     assert left_out == [0, 0, 0, 0, 0, 1, 0, 0] and run.scaler.get_scale() == 512
     alone = train(batches[:5] + batches[6:], amp=torch.float16)
-    for a, b in zip(model.parameters(), alone[1].parameters()):
+    for (name, a), b in zip(model.named_parameters(), alone[1].parameters()):
+        if name.endswith("qkv.bias"):  # that of keys has no gradient but rounding, which the other scale changes
+            a, b = (torch.cat((bias.chunk(3)[0], bias.chunk(3)[2])) for bias in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 

@@ -24,7 +24,7 @@ from fastkd.models import MaskedAutoencoderViT
 from fastkd.train import ConfigError, DistillConfig, TrainingError, checkpoint, distill
 from fastkd.train.held_out import HeldOut
 from fastkd.train.interrupt import Interrupt
-from fastkd.train.track import RunFolder
+from fastkd.train.track import Reporter, RunFolder
 
 TIMES = ("seconds", "images_per_second", "data_wait")
 
@@ -349,3 +349,12 @@ def test_a_second_signal_stops_at_once():
                 signal.raise_signal(number)
         assert number == signal.SIGINT or end.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(finished, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        patch.setattr(Reporter, "step", lambda self: (_ for _ in ()).throw(RuntimeError("died")))
+        distill(eight_steps(finished, "early"))
+    assert [row["step"] for row in metrics(finished / "early")] == [0]
+    distill(eight_steps(finished, "early"))
+    assert rows(finished / "early") == rows(finished / "whole")

@@ -210,7 +210,7 @@ def test_a_run_goes_from_graphs_to_eager_steps_and_back(tmp_path, monkeypatch):
         made.append(Rehearsed())
         return made[-1] if config.cuda_graph else None
 
-    monkeypatch.setattr("fastkd.train.loop.choose_graphs", choose)
+    monkeypatch.setattr("fastkd.train.session.choose_graphs", choose)
     graphed = distill(tiny_config(tmp_path, "graphed", steps=5)).run
     eager = distill(tiny_config(tmp_path, "eager", steps=5, cuda_graph=False)).run
     assert made[0].captured == 1

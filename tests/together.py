@@ -35,7 +35,7 @@ def slurm(rank: int, job: int, count: int = 2) -> dict[str, str]:
     )  # fmt: skip
 
 
-def run_together(target: Callable[..., object], *arguments, count: int = 2, seconds: float = 60) -> list[Ended]:
+def run_together(target: Callable[..., object], *arguments, count: int = 2, seconds: float = 150) -> list[Ended]:
     """Calls ``target(rank, *arguments)`` in each of `count` processes, as srun starts them; what became of them."""
     job = _free_job()
     with tempfile.TemporaryDirectory() as folder:
