@@ -102,7 +102,7 @@ PYTHON = [
            ("test_step.py", "-k", "captured_steps")),
     Mutant("gradients of a step are not dropped", "fastkd/train/step.py", "            self.optimizer.zero_grad()\n\n",
            "\n", ("test_step.py", "-k", "training_curve")),
-    Mutant("losses of the last micro-batch alone", "fastkd/train/step.py", "losses if first else self.losses + losses",
+    Mutant("losses of the last micro-batch alone", "fastkd/train/step.py", "losses if first else sums + losses",
            "losses", ("test_train.py", "-k", "accumulation")),
     Mutant("linear: bias without its gradient", "fastkd/ops/blocks/linear.py", "bias_gradient.to(ctx.bias_dtype) if",
            "0 * bias_gradient.to(ctx.bias_dtype) if", accuracy("linear", "reference")),
