@@ -15,8 +15,8 @@ import tyro
 from fastkd.help import show
 from fastkd.options import RECIPES, parse, read_config, recipe_names, split_config
 from fastkd.train.config import ConfigError, PretrainConfig, RunConfig, problem
+from fastkd.train.configs import METHODS, config_of
 from fastkd.train.launch import launch
-from fastkd.train.recipes import METHODS, config_of
 
 WRONG_ARGUMENTS = 2
 STOPPED = 130  # what a shell reports for Ctrl-C
@@ -82,7 +82,7 @@ def pretrain(arguments: list[str]) -> int:
 
 def finetune(arguments: list[str]) -> int:
     """Make a classifier of any encoder on class folders."""
-    from fastkd.train.recipes.finetune import FinetuneConfig
+    from fastkd.train.configs.finetune import FinetuneConfig
 
     return _train("finetune", FinetuneConfig, "finetune", arguments)
 

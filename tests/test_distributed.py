@@ -22,10 +22,10 @@ from fastkd import cli
 from fastkd.models import Teacher
 from fastkd.train import ConfigError, checkpoint, distill, loop, session
 from fastkd.train.build import choose_workers
+from fastkd.train.configs import config_of
 from fastkd.train.distributed import own_cores, processes
 from fastkd.train.held_out import HeldOut
 from fastkd.train.launch import Launch, first_host, launch
-from fastkd.train.recipes import config_of
 from fastkd.train.track import Reporter
 
 timm = pytest.importorskip("timm")

@@ -125,7 +125,7 @@ FOREIGN = dict(
 def known() -> set[str]:
     """Every option in the help of every command, method, demo and benchmark."""
     from fastkd.demos import DEMOS
-    from fastkd.train.recipes import METHODS
+    from fastkd.train.configs import METHODS
 
     asked = [[name] for name in cli.COMMANDS if name not in ("demo", "bench")]
     asked += [["distill", "--method", name] for name in METHODS] + [["demo", name] for name in DEMOS]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from test_cli import fastkd
+from test_configs import assert_resumes
 from test_evaluation import write_colours
-from test_recipes import assert_resumes
 from tiny_run import write_models
 
 from fastkd.data import ImageLoader
@@ -25,8 +25,8 @@ from fastkd.models.classifiers import load_classifier, save_classifier
 from fastkd.models.finetuning import classifier_to_finetune
 from fastkd.train import ConfigError, distill, held_out
 from fastkd.train.build import build_loader, build_optimizer
+from fastkd.train.configs.finetune import FinetuneConfig
 from fastkd.train.distributed import Processes
-from fastkd.train.recipes.finetune import FinetuneConfig
 from fastkd.train.track import RunFolder
 
 timm = pytest.importorskip("timm")

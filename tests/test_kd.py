@@ -16,9 +16,9 @@ from fastkd import nn as criteria
 from fastkd.methods.kd import KD, ON_FEATURES, ON_LOGITS, projector
 from fastkd.models.classifiers import load_classifier
 from fastkd.train import ConfigError, distill
+from fastkd.train.configs import METHODS, config_of
+from fastkd.train.configs.kd import KDConfig
 from fastkd.train.held_out import HeldOutClasses
-from fastkd.train.recipes import METHODS, config_of
-from fastkd.train.recipes.kd import KDConfig
 
 timm = pytest.importorskip("timm")
 

@@ -20,8 +20,8 @@ from fastkd.help import grouped, show
 from fastkd.options import RECIPES, parse, read_config, recipe_names
 from fastkd.train import ConfigError, DistillConfig
 from fastkd.train.config import PretrainConfig, RunConfig
-from fastkd.train.recipes import METHODS, config_of
-from fastkd.train.recipes.finetune import FinetuneConfig
+from fastkd.train.configs import METHODS, config_of
+from fastkd.train.configs.finetune import FinetuneConfig
 
 
 @dataclasses.dataclass(kw_only=True)

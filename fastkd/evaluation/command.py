@@ -14,7 +14,7 @@ from rich.table import Table
 from fastkd.data import open_images
 from fastkd.train.build import AMP, EXPECTED, choose_amp, choose_workers, weights_of
 from fastkd.train.config import ConfigError, problem
-from fastkd.train.recipes._classifier import not_in_classes
+from fastkd.train.configs._classifier import not_in_classes
 from fastkd.train.track import versions
 
 from .config import EvalConfig

@@ -2,7 +2,7 @@
 
 `RunConfig` holds what all methods share: data, length, optimiser, precision, checkpoints. Each method adds its own
 options and says how its model is built: `DistillConfig` (DMAE) and `PretrainConfig` (MAE, which is DMAE without a
-teacher) here, the others in `fastkd.train.recipes`.
+teacher) here, the others in `fastkd.train.configs`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What recipes of image classifiers share: options, and building student and teacher from names and files."""
+"""What configs of image classifiers share: options, and building student and teacher from names and files."""
 
 from __future__ import annotations
 

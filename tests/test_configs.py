@@ -11,12 +11,12 @@ from tiny_run import write_models, write_pictures
 
 from fastkd.models import load_vit
 from fastkd.train import ConfigError, distill
-from fastkd.train.recipes.maskalign import MaskAlignConfig
-from fastkd.train.recipes.mic import MICConfig
-from fastkd.train.recipes.nkd import NKDConfig, USKDConfig
-from fastkd.train.recipes.promptkd import PromptKDConfig
-from fastkd.train.recipes.scalekd import ScaleKDConfig
-from fastkd.train.recipes.selfdist import SelfDistillationConfig
+from fastkd.train.configs.maskalign import MaskAlignConfig
+from fastkd.train.configs.mic import MICConfig
+from fastkd.train.configs.nkd import NKDConfig, USKDConfig
+from fastkd.train.configs.promptkd import PromptKDConfig
+from fastkd.train.configs.scalekd import ScaleKDConfig
+from fastkd.train.configs.selfdist import SelfDistillationConfig
 from fastkd.train.track import RunFolder
 
 
