@@ -6,6 +6,7 @@ from .feature_mutants import FEATURE_LOSSES
 from .kinds import FEATURES, MASKED, Mutant, accuracy
 from .method_mutants import METHODS
 from .mic_mutants import MIC
+from .run_mutants import RUNS
 from .uskd_mutants import USKD
 
 
@@ -228,6 +229,6 @@ CUDA = [  # the emulation compiles them for the CPU
 # No bug: shows that the judge does not call everything found.
 HARMLESS = Mutant("a comment", "fastkd/train/schedule.py", "import math\n", "import math  # changes nothing\n",
                   ("test_golden_models.py", "-k", "lr_schedule"))  # fmt: skip
-MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS + FEATURE_LOSSES + MIC + USKD
+MUTANTS = PYTHON + TRITON + NATIVE + CUDA + METHODS + FEATURE_LOSSES + MIC + USKD + RUNS
 # Run by the test suite itself; the rest by `python tests/mutation/run.py`.
 QUICK = ("pixel loss: mean over images instead of the batch", "triton masking: off by one")
