@@ -22,10 +22,9 @@ import tyro
 import yaml
 
 from fastkd.help import documented, metavar
-from fastkd.train.config import ConfigError, problem
+from fastkd.train.config import FACTS, ConfigError, problem
 
 Options = TypeVar("Options")
-FACTS = "run"  # the section of a run's config.yaml that no option sets
 RECIPES = resources.files("fastkd") / "recipes"
 _PLACEHOLDERS = {Path: Path("."), str: "?"}  # for required options that are missing, so that others can be checked
 

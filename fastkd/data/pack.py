@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from fastkd.files import write_whole
+
 from .loader import UnreadableError, as_it_is, begin_worker, open_images
 from .packed import COLUMNS, FORMAT, HEADER, PLAN, VERSION
 from .reading import printable
@@ -118,7 +120,7 @@ def pack(
         shards=[index.stem for index in shards], index_crc32=checksums, images=len(folder) - len(failures),
         failures=len(failures),
     )  # fmt: skip
-    _write(out / HEADER, json.dumps(header, indent=1).encode())
+    write_whole(out / HEADER, json.dumps(header, indent=1))
     return Packed(out, header["images"], tuple(failures), resumed)
 
 
@@ -129,7 +131,7 @@ def _begin(out: Path, settings: dict, source: dict) -> None:
     if not plan.exists():
         if any(path.name != f"{PLAN}.part" for path in out.iterdir()):
             raise ValueError(f"{out}: got a folder with other files, expected an empty or new one")
-        _write(plan, json.dumps(settings | source).encode())
+        write_whole(plan, json.dumps(settings | source))
         return
     before = json.loads(plan.read_text())
     changed = [
@@ -163,24 +165,10 @@ def _write_shard(index: Path, folder: ImageFiles, members: range, decoded: Itera
                     column.append(value)
                 end += image.nbytes
             progress(done, len(failures))
-        _settle(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, pixels)
-    _write(index, json.dumps(columns | dict(failures=failures)).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        _settle(file)
-    os.replace(unfinished, path)
-
-
-def _settle(file) -> None:
-    """Everything on the disk, before the file gets its name."""
-    file.flush()
-    os.fsync(file.fileno())
+    write_whole(index, json.dumps(columns | dict(failures=failures)))
 
 
 def _decode(folder: ImageFiles, members: list[int], workers: int, short_side: int, channels: int) -> Iterator:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkd.files import write_whole
 
 TOP = 5
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -72,9 +73,4 @@ def wilson(right: int, images: int, z: float = Z_95) -> tuple[float, float]:
 def write_json(results: dict[str, Any], path: Path) -> None:
     """Writes results; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(results, indent=1) + "\n")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+FACTS = "run"  # the section of a run's config.yaml that no option sets
+
 
 class ConfigError(ValueError):
     """Wrong arguments; `problems` lists all of them, one line each."""

@@ -16,10 +16,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastkd.files import write_whole
+
+from .config import FACTS
 from .trackers import Tracker
 
 logger = logging.getLogger("fastkd")
-CONFIG, FACTS = "config.yaml", "run"
+CONFIG = "config.yaml"
 HEADING = f"# What ran, in full: the same command with --config {CONFIG} --out NEW does it again, without '{FACTS}'.\n"
 LOSSES = ("loss", "pixel_loss", "align_loss")
 
@@ -54,9 +57,8 @@ class RunFolder:
         for folder in (self.root, self.checkpoints, self.exported.parent, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
         content = {**self.plain(config), FACTS: self.plain({**facts, "versions": versions()})}
-        fresh = self.root / f"{CONFIG}.new"
-        fresh.write_text(HEADING + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
-        os.replace(fresh, self.root / CONFIG)
+        text = HEADING + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+        write_whole(self.root / CONFIG, text)
 
     @staticmethod
     def plain(config: dict) -> dict:
@@ -90,9 +92,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drops the metrics after a step (-1: all), which the run writes again, and what a crash left half-written."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        fresh = self._metrics.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(fresh, self._metrics)
+        write_whole(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
         for path in self.exported.parent.glob(".*.part"):
             path.unlink()
 
